@@ -1,0 +1,1 @@
+"""What every process of Tokenmill shares, and the launcher that starts them (see docs/architecture.md)."""

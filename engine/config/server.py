@@ -1,0 +1,144 @@
+"""ServerConfig: every setting of a server, as one frozen struct. The command line is generated from it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+
+from engine.config.flags import Flag, json_object, token_count
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be served. The message names the flag, the value and what is allowed."""
+
+
+class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """All settings of `tokenmill serve`. None means: decided at start (see engine/launcher/resolve.py)."""
+
+    # Model and tokenizer
+    model_path: Annotated[
+        str | None,
+        Flag("folder, .gguf file or hub id; none: the bundled default model", names=("--model-path", "--model")),
+    ] = None
+    tokenizer_path: Annotated[str | None, Flag("folder, .gguf file or hub id of the tokenizer")] = None
+    tokenizer_mode: Annotated[str, Flag("fast tokenizer if there is one, or never", choices=("auto", "slow"))] = "auto"
+    skip_tokenizer_init: Annotated[bool, Flag("load no tokenizer: input_ids in, output_ids out")] = False
+    load_format: Annotated[
+        str, Flag("how weights are stored; dummy: random", choices=("auto", "safetensors", "gguf", "dummy"))
+    ] = "auto"
+    quantization: Annotated[str | None, Flag("quantisation method; none is supported yet beyond GGUF files")] = None
+    context_length: Annotated[
+        int | None, Flag("most prompt + output tokens of a request", parse=token_count, metavar="N")
+    ] = None
+    is_embedding: Annotated[bool, Flag("serve a causal model as an embedding model")] = False
+    revision: Annotated[str | None, Flag("hub revision")] = None
+    json_model_override_args: Annotated[
+        dict[str, Any], Flag("JSON object merged over the model's config.json", parse=json_object, metavar="JSON")
+    ] = {}
+    dtype: Annotated[
+        str,
+        Flag(
+            "type of weights and activations",
+            choices=("auto", "half", "float16", "bfloat16", "float", "float32"),
+        ),
+    ] = "auto"
+    kv_cache_dtype: Annotated[
+        str, Flag("type of the KV pool", choices=("auto", "float16", "bfloat16", "float32"))
+    ] = "auto"
+    download_dir: Annotated[str | None, Flag("hub cache folder")] = None
+    served_model_name: Annotated[str | None, Flag("id in /v1/models; default: the model path")] = None
+    weight_version: Annotated[str, Flag("reported as weight_version")] = "default"
+    chat_template: Annotated[str | None, Flag("file with a Jinja chat template")] = None
+
+    # HTTP server and API behaviour
+    host: Annotated[str, Flag("listening address")] = "127.0.0.1"
+    port: Annotated[int, Flag("listening port; 0: any free one")] = 30000
+    fastapi_root_path: Annotated[str, Flag("path prefix when behind a proxy")] = ""
+    skip_server_warmup: Annotated[bool, Flag("send no warm-up request at start")] = False
+    api_key: Annotated[str | None, Flag("bearer token of all routes but the exempt ones")] = None
+    admin_api_key: Annotated[str | None, Flag("bearer token of administrative routes")] = None
+    ssl_keyfile: Annotated[str | None, Flag("TLS key")] = None
+    ssl_certfile: Annotated[str | None, Flag("TLS certificate")] = None
+    ssl_ca_certs: Annotated[str | None, Flag("TLS certificate authorities")] = None
+    ssl_keyfile_password: Annotated[str | None, Flag("password of the TLS key")] = None
+    preferred_sampling_params: Annotated[
+        dict[str, Any] | None,
+        Flag("JSON object of sampling defaults, laid under each request's own", parse=json_object, metavar="JSON"),
+    ] = None
+    stream_interval: Annotated[int, Flag("send a chunk every N tokens")] = 1
+    incremental_streaming_output: Annotated[bool, Flag("streamed text, ids and logprobs are deltas")] = False
+    allow_auto_truncate: Annotated[bool, Flag("cut over-long requests instead of refusing them")] = False
+
+    # Scheduling, memory, cache
+    mem_fraction_static: Annotated[
+        float | None, Flag("share of the free memory that weights and KV pool may take, in (0, 1)")
+    ] = None
+    max_running_requests: Annotated[int | None, Flag("most requests that run at once")] = None
+    max_queued_requests: Annotated[int | None, Flag("most requests that wait; beyond it 503")] = None
+    max_total_tokens: Annotated[int | None, Flag("KV pool size in tokens", parse=token_count, metavar="N")] = None
+    chunked_prefill_size: Annotated[
+        int | None, Flag("most prompt tokens of a step; -1: no chunking", parse=token_count, metavar="N")
+    ] = None
+    max_prefill_tokens: Annotated[
+        int, Flag("most prompt tokens of a step when prompts are not chunked", parse=token_count, metavar="N")
+    ] = 16384
+    prefill_max_requests: Annotated[int | None, Flag("most requests that prefill in one step")] = None
+    schedule_policy: Annotated[
+        str,
+        Flag(
+            "order of waiting requests: first come first served, or longest cached prefix first",
+            choices=(
+                "fcfs", "lpm", "random", "dfs-weight", "lof", "priority", "routing-key", "hrrn", "shortest-prefill-first",
+            ),
+        ),
+    ] = "fcfs"  # fmt: skip
+    page_size: Annotated[int | None, Flag("tokens per KV page; only 1")] = None
+    enable_priority_scheduling: Annotated[bool, Flag("order waiting requests by their priority")] = False
+    schedule_low_priority_values_first: Annotated[bool, Flag("a smaller priority goes first")] = False
+    default_priority_value: Annotated[int | None, Flag("priority of requests that name none")] = None
+    abort_on_priority_when_disabled: Annotated[
+        bool, Flag("503 for a request with a priority while priorities are off")
+    ] = False
+    disable_radix_cache: Annotated[bool, Flag("no prefix reuse")] = False
+
+    # Parallelism and devices
+    tp_size: Annotated[
+        int, Flag("tensor-parallel ranks", names=("--tp-size", "--tensor-parallel-size", "--tp"))
+    ] = 1
+    nnodes: Annotated[int, Flag("number of machines")] = 1
+    node_rank: Annotated[int, Flag("number of this machine")] = 0
+    dist_init_addr: Annotated[
+        str | None, Flag("host:port of rank 0's rendezvous", names=("--dist-init-addr", "--nccl-init-addr"))
+    ] = None
+    device: Annotated[str, Flag("where the model runs", choices=("auto", "cpu", "cuda"))] = "auto"
+    pp_size: Annotated[
+        int, Flag("pipeline-parallel size; only 1", names=("--pp-size", "--pipeline-parallel-size"))
+    ] = 1
+    dp_size: Annotated[int, Flag("data-parallel size; only 1", names=("--dp-size", "--data-parallel-size"))] = 1
+    ep_size: Annotated[
+        int, Flag("expert-parallel size; only 1", names=("--ep-size", "--expert-parallel-size", "--ep"))
+    ] = 1
+    disaggregation_mode: Annotated[str, Flag("prefill/decode split; only null")] = "null"
+
+    # Kernels and numerics
+    attention_backend: Annotated[str | None, Flag("attention kernels: triton, torch_native")] = None
+    grammar_backend: Annotated[str, Flag("engine of constrained output; none: refuse it")] = "xgrammar"
+    random_seed: Annotated[int | None, Flag("seed of the server's own randomness")] = None
+    enable_deterministic_inference: Annotated[bool, Flag("accepted: Tokenmill is always deterministic")] = False
+    disable_cuda_graph: Annotated[bool, Flag("no CUDA graphs; no effect on a CPU")] = False
+    cpu_threads: Annotated[int | None, Flag("threads of the model on a CPU; default: one a core")] = None
+
+    # Logging and supervision
+    log_level: Annotated[
+        str, Flag("level of all loggers", choices=("critical", "error", "warning", "info", "debug"))
+    ] = "info"
+    log_level_http: Annotated[
+        str | None,
+        Flag("level of the HTTP access log", choices=("critical", "error", "warning", "info", "debug")),
+    ] = None
+    uvicorn_access_log_exclude_prefixes: Annotated[
+        list[str], Flag("path prefixes that are not access-logged", metavar="PREFIX")
+    ] = []
+    decode_log_interval: Annotated[int, Flag("decode steps between throughput log lines")] = 40
+    drain_timeout: Annotated[float, Flag("seconds that running requests get after SIGTERM")] = 30.0

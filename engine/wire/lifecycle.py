@@ -1,0 +1,52 @@
+"""Between the launcher and the processes it supervises."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """What the scheduler can hold, known once the model is loaded.
+
+    max_total_num_tokens: KV pool size in tokens. max_req_input_len: longest admissible prompt.
+    weight_gb, kvcache_gb, available_gb: memory of the weights, of the KV pool, and what was free at start (10^9 bytes).
+    load_seconds: from the start of the process until it was ready, by phase.
+    """
+
+    max_total_num_tokens: int
+    max_req_input_len: int
+    max_running_requests: int
+    chunked_prefill_size: int
+    weight_gb: float
+    kvcache_gb: float
+    available_gb: float
+    load_seconds: dict[str, float]
+
+
+class Ready(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Process → launcher: loaded, sockets open. `limits` comes from scheduler rank 0 alone."""
+
+    process: str
+    pid: int
+    limits: Limits | None = None
+
+
+class Warm(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Frontend → launcher: the warm-up request has passed; `/health` is 200 from now on."""
+
+
+class Serving(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Launcher → frontend: all processes of this epoch are ready."""
+
+    epoch: int
+    limits: Limits
+
+
+class Drain(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Launcher → frontend: refuse what is new, finish what runs within `timeout` seconds, then exit."""
+
+    timeout: float
+
+
+ToLauncher = Ready | Warm
+FromLauncher = Serving | Drain

@@ -1,0 +1,61 @@
+"""How a process of the tree begins: its arguments, its name, its bond to the launcher, its ready message."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import zmq
+from setproctitle import setproctitle
+
+from engine.config import RunConfig, read_run_config
+from engine.config.logs import set_up_logging
+from engine.wire.lifecycle import Limits, Ready, ToLauncher
+from engine.wire.sockets import Outbox
+
+_PR_SET_PDEATHSIG = 1
+
+
+def arguments(description: str, *, rank: bool = False, listen_fd: bool = False) -> argparse.Namespace:
+    """Parse a process's own command line: `--config FILE`, and `--rank` or `--fd` where it takes one."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--config", type=Path, required=True, help="RunConfig as JSON, written by the launcher")
+    if rank:
+        parser.add_argument("--rank", type=int, default=0, help="tensor-parallel rank")
+    if listen_fd:
+        parser.add_argument("--fd", type=int, default=None, help="descriptor of the listening socket")
+    return parser.parse_args()
+
+
+def begin(config_path: Path, name: str) -> RunConfig:
+    """Tie this process to the launcher, name it, set up its logging, and return the configuration.
+
+    The process ends with SIGKILL when its launcher dies, however it dies. Ctrl-C is left to the launcher.
+    """
+    config = read_run_config(config_path)
+    _end_with_parent(config.launcher_pid)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    setproctitle(f"tokenmill: {name}")
+    set_up_logging(config.server.log_level, name)
+    return config
+
+
+def report_ready(context: zmq.Context[Any], config: RunConfig, name: str, limits: Limits | None = None) -> None:
+    """Tell the launcher that this process can take messages."""
+    outbox: Outbox[ToLauncher] = Outbox(context, config.runtime_dir, "launcher")
+    outbox.send(Ready(name, os.getpid(), limits))
+    outbox.close()
+    logging.getLogger(__name__).debug("ready")
+
+
+def _end_with_parent(launcher_pid: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != launcher_pid:
+        sys.exit(f"the launcher (pid {launcher_pid}) is gone")

@@ -1,0 +1,72 @@
+"""The two socket classes. Each process binds one `Inbox`; whoever has something for it opens an `Outbox` to it."""
+
+from __future__ import annotations
+
+from typing import Any, Generic, TypeVar
+
+import msgspec
+import zmq
+
+T = TypeVar("T")
+
+
+class WireError(RuntimeError):
+    """A frame that is not a message of the expected kind. Both ends run the same release: this is a bug."""
+
+
+def endpoint(runtime_dir: str, name: str) -> str:
+    """ZeroMQ address of the inbox of process `name`."""
+    return f"ipc://{runtime_dir}/{name}.sock"
+
+
+class Inbox(Generic[T]):
+    """The bound end of a PUSH/PULL pair: messages of the union `kind` from any number of senders, in order
+    of arrival (and in order of sending for each sender)."""
+
+    def __init__(self, context: zmq.Context[Any], runtime_dir: str, name: str, kind: Any) -> None:
+        self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(kind)
+        self._socket = context.socket(zmq.PULL)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.bind(endpoint(runtime_dir, name))
+
+    def fileno(self) -> int:
+        """Descriptor for an event loop. It is edge-triggered: call `drain` until it returns nothing."""
+        return int(self._socket.getsockopt(zmq.FD))
+
+    def wait(self, seconds: float | None) -> bool:
+        """Block until a message is there (True) or `seconds` have passed (False); None waits forever."""
+        return self._socket.poll(None if seconds is None else int(seconds * 1000)) != 0
+
+    def drain(self) -> list[T]:
+        """All messages that are there now, without waiting. Raises `WireError` on a frame that is none."""
+        messages: list[T] = []
+        while True:
+            try:
+                frame = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return messages
+            try:
+                messages.append(self._decoder.decode(frame))
+            except msgspec.DecodeError as error:
+                raise WireError(f"a frame of {len(frame)} bytes is not a message: {error}") from error
+
+    def close(self) -> None:
+        self._socket.close(linger=0)
+
+
+class Outbox(Generic[T]):
+    """The connecting end: `send` never blocks; messages wait in memory until the other side has bound."""
+
+    def __init__(self, context: zmq.Context[Any], runtime_dir: str, name: str) -> None:
+        self._encoder = msgspec.msgpack.Encoder()
+        self._socket = context.socket(zmq.PUSH)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.RECONNECT_IVL, 5)
+        self._socket.connect(endpoint(runtime_dir, name))
+
+    def send(self, message: T) -> None:
+        self._socket.send(self._encoder.encode(message), copy=True)
+
+    def close(self, linger_ms: int = 500) -> None:
+        """Close, giving what is unsent at most `linger_ms` milliseconds to leave."""
+        self._socket.close(linger=linger_ms)

@@ -1,0 +1,100 @@
+"""Into the frontend: text from the detokenizer, answers of the scheduler (through the detokenizer), answers of the
+tokenizer."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from engine.wire.lifecycle import FromLauncher
+from engine.wire.results import Finish, InputLogprobs, TokenLogprobs
+
+
+class Accepted(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """From the tokenizer: the request is valid and on its way. `input_ids`: its prompt, int32 little-endian."""
+
+    key: int
+    attempt: int
+    input_ids: bytes
+
+
+class Ended(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """A request that ended before its first token.
+
+    origin "door": refused by validation in the tokenizer. origin "scheduler": refused, aborted or failed there.
+    (Streams show the two differently: contract §7.5.)
+    """
+
+    key: int
+    attempt: int
+    finish: Finish
+    origin: Literal["door", "scheduler"]
+
+
+class Begun(msgspec.Struct, frozen=True, array_like=True):
+    """A request whose first output is in this step. `texts`: the text of each id in `input_logprobs`, if asked."""
+
+    key: int
+    attempt: int
+    prompt_tokens: int
+    cached_tokens: int
+    input_logprobs: InputLogprobs | None
+    texts: dict[int, str] | None
+
+
+class TextStep(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """A step's new text and ids, in columns (row i: `keys[i]`, `attempts[i]`, `texts[i]`, `tokens[i]`).
+
+    texts: what may be shown now; may be empty while bytes or a possible stop string are held back.
+    tokens: the new id, or `to_detokenizer.NO_TOKEN`.
+    finished, logprobs: by row number, only for the rows that have one.
+    logprob_texts: row number → text of each id that the row's logprobs name, if asked.
+    retracted: key → how often it has been preempted.
+    """
+
+    begun: list[Begun]
+    keys: list[int]
+    attempts: list[int]
+    texts: list[str]
+    tokens: list[int]
+    finished: dict[int, Finish]
+    logprobs: dict[int, TokenLogprobs]
+    logprob_texts: dict[int, dict[int, str]]
+    retracted: dict[int, int]
+
+
+class Flushed(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Answer to `FlushCache`; `done` is false when the scheduler was not idle in time."""
+
+    key: int
+    done: bool
+
+
+class State(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Answer to `QueryState`: the scheduler's part of `/server_info`."""
+
+    key: int
+    state: dict[str, Any]
+
+
+class Tokenized(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Answer to `Tokenize`: ids per prompt and the tokenizer's own length limit, or the error."""
+
+    key: int
+    ids: list[list[int]]
+    max_model_len: int
+    error: str | None
+
+
+class Detokenized(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Answer to `Detokenize`: a text per list, or the error. `bad_ids`: the ids themselves are to blame."""
+
+    key: int
+    texts: list[str]
+    error: str | None
+    bad_ids: bool = False
+
+
+FromRing = Accepted | Ended | TextStep | Flushed | State | Tokenized | Detokenized
+ToFrontend = FromRing | FromLauncher

@@ -1,0 +1,58 @@
+"""Tokenizer → scheduler: validated requests, and control messages from the frontend (which pass the tokenizer
+unchanged). The detokenizer sends `StopSeen` into the same inbox."""
+
+from __future__ import annotations
+
+import msgspec
+
+from engine.wire.sampling import LogprobOptions, Sampling, TextOptions
+
+
+class Admit(msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=True):
+    """A request whose fields are in range and whose prompt fits the context.
+
+    input_ids, output_ids: int32, little-endian; the latter was delivered by an earlier attempt.
+    """
+
+    key: int
+    attempt: int
+    rid: str
+    input_ids: bytes
+    output_ids: bytes
+    sampling: Sampling
+    text_options: TextOptions
+    logprobs: LogprobOptions | None
+    extra_key: str | None
+    priority: int | None
+
+
+class Abort(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """End these requests at once; each is answered with an abort `Finish` (unknown keys are not answered)."""
+
+    keys: list[int]
+
+
+class FlushCache(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Empty the radix cache once nothing runs or waits, at most `timeout` seconds from now.
+
+    Answered by `to_frontend.Flushed`.
+    """
+
+    key: int
+    timeout: float
+
+
+class QueryState(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Ask for the scheduler's state; answered by `to_frontend.State`."""
+
+    key: int
+
+
+class StopSeen(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The detokenizer has ended these requests (stop string or pattern); nothing more of them is wanted."""
+
+    keys: list[int]
+
+
+Control = Abort | FlushCache | QueryState
+ToScheduler = Admit | Control | StopSeen

@@ -1,0 +1,51 @@
+"""Frontend → tokenizer: requests as they came, and control messages on their way round the ring."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from engine.wire.sampling import LogprobOptions, Sampling, TextOptions
+from engine.wire.to_scheduler import Control
+
+
+class Generate(msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=True):
+    """One item of a `/generate` call.
+
+    key: the frontend's number for it, never used twice; replies carry it.
+    attempt: 0, and one more each time the frontend replays it after a crash.
+    text, input_ids: exactly one is set; ids are int32, little-endian.
+    output_ids: what an earlier attempt has already delivered (int32), to go on behind.
+    """
+
+    key: int
+    attempt: int
+    rid: str
+    text: str | None
+    input_ids: bytes | None
+    output_ids: bytes
+    sampling: Sampling
+    text_options: TextOptions
+    logprobs: LogprobOptions | None
+    extra_key: str | None = None
+    priority: int | None = None
+
+
+class Tokenize(msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=True):
+    """A `/tokenize` call: `prompts`, or `messages` to be rendered with the chat template.
+
+    Answered by `to_frontend.Tokenized`.
+    """
+
+    key: int
+    prompts: list[str] | None
+    add_special_tokens: bool
+    messages: list[dict[str, Any]] | None
+    add_generation_prompt: bool
+    continue_final_message: bool
+    tools: list[dict[str, Any]] | None
+    template_kwargs: dict[str, Any]
+
+
+ToTokenizer = Generate | Tokenize | Control
