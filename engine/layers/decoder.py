@@ -1,0 +1,119 @@
+"""A pre-norm decoder (RMS norm, rotary attention, gated MLP), the shape that most families share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from engine.checkpoints.errors import CheckpointError
+from engine.checkpoints.model_config import ModelConfig
+from engine.kernels.batch import RaggedBatch
+from engine.kernels.kv_cache import KvCache
+from engine.kernels.table import Ops, RotaryFrequencies
+from engine.layers.rope import rotary_frequencies
+from engine.layers.weights import (
+    AttentionWeights,
+    DecoderTraits,
+    DecoderWeights,
+    MlpWeights,
+    allocate_decoder,
+    ignored_names,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Decoder:
+    """A decoder with its head; see `engine.models.model.Model` for what each member means."""
+
+    config: ModelConfig
+    traits: DecoderTraits
+    weights: DecoderWeights
+    rotary: RotaryFrequencies
+    places: dict[str, torch.Tensor]
+    ignored: tuple[str, ...]
+    ops: Ops
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(place.nbytes for place in self.places.values())
+
+    @torch.inference_mode()
+    def hidden(self, batch: RaggedBatch, cache: KvCache) -> torch.Tensor:
+        ops, weights, eps = self.ops, self.weights, self.config.rms_norm_eps
+        step = ops.begin_step(batch, self.rotary, tuple(dict.fromkeys(self.traits.windows)))
+        x = ops.embedding(batch.token_ids, weights.embedding)
+        residual: torch.Tensor | None = None
+        for layer, window, keys, values in zip(
+            weights.layers, self.traits.windows, cache.keys, cache.values, strict=True
+        ):
+            x, residual = ops.rms_norm(x, residual, layer.attention_norm, eps)
+            x = attention_block(ops, layer.attention, x, keys, values, window, eps, step)
+            x, residual = ops.rms_norm(x, residual, layer.mlp_norm, eps)
+            x = gated_mlp(ops, layer.mlp, x)
+        return ops.rms_norm(x, residual, weights.final_norm, eps)[0]
+
+    @torch.inference_mode()
+    def logits(self, hidden_rows: torch.Tensor) -> torch.Tensor:
+        return self.ops.logits(hidden_rows, self.weights.head)
+
+
+def attention_block(
+    ops: Ops,
+    weights: AttentionWeights,
+    x: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    window: int | None,
+    eps: float,
+    step: Any,
+) -> torch.Tensor:
+    """Attention with its projections: x [T, hidden] → [T, hidden]; keys, values: one layer's pool, written at first."""
+    qkv = ops.linear(x, weights.qkv.weight, weights.qkv.bias)
+    queries = ops.rotary_store(qkv, weights.q_norm, weights.k_norm, eps, keys, values, step)
+    head_dim: int = keys.shape[2]
+    attended = ops.attention(queries, keys, values, head_dim**-0.5, window, step)
+    return ops.linear(attended, weights.output.weight, weights.output.bias)
+
+
+def gated_mlp(ops: Ops, weights: MlpWeights, x: torch.Tensor) -> torch.Tensor:
+    """down(silu(gate(x)) * up(x)): x [T, hidden] → [T, hidden]."""
+    gate_up = ops.linear(x, weights.gate_up.weight, weights.gate_up.bias)
+    return ops.linear(ops.silu_mul(gate_up), weights.down.weight, weights.down.bias)
+
+
+def build_decoder(
+    config: ModelConfig, traits: DecoderTraits, *, dtype: torch.dtype, device: torch.device | str, ops: Ops
+) -> Decoder:
+    """Allocate a decoder. Raises CheckpointError where the config asks for what a decoder of this shape has not."""
+    _check(config, traits)
+    weights, places = allocate_decoder(config, traits, dtype, device)
+    return Decoder(
+        config=config,
+        traits=traits,
+        weights=weights,
+        rotary=rotary_frequencies(config, device),
+        places=places,
+        ignored=ignored_names(config),
+        ops=ops,
+    )
+
+
+def _check(config: ModelConfig, traits: DecoderTraits) -> None:
+    if config.hidden_act not in ("silu", "swish"):
+        raise CheckpointError(f"hidden_act is {config.hidden_act!r}; {config.architecture} is served with 'silu' only")
+    if config.num_heads % config.num_kv_heads:
+        raise CheckpointError(
+            f"num_attention_heads, {config.num_heads}, is not a multiple of num_key_value_heads, {config.num_kv_heads}"
+        )
+    if len(traits.windows) != config.num_layers:
+        raise CheckpointError(f"layer_types has {len(traits.windows)} entries for {config.num_layers} layers")
+    for window in traits.windows:
+        if window is not None and window < 1:
+            raise CheckpointError(f"sliding_window is {window}; it must be at least 1")
+
+
+def sliding_windows(config: ModelConfig) -> tuple[int | None, ...]:
+    """The window of each layer, of a family that follows `layer_is_sliding`."""
+    return tuple(config.sliding_window if sliding else None for sliding in config.layer_is_sliding)

@@ -1,0 +1,41 @@
+"""Which family serves which architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from engine.checkpoints.errors import CheckpointError
+from engine.checkpoints.model_config import ModelConfig
+from engine.kernels.table import Ops
+from engine.layers.decoder import build_decoder
+from engine.layers.weights import DecoderTraits
+from engine.models import llama, mistral, qwen2, qwen3
+from engine.models.model import Model
+
+_DECODERS: dict[str, Callable[[ModelConfig], DecoderTraits]] = {
+    "LlamaForCausalLM": llama.traits,
+    "MistralForCausalLM": mistral.traits,
+    "Qwen2ForCausalLM": qwen2.traits,
+    "Qwen3ForCausalLM": qwen3.traits,
+}
+
+
+def known_architectures() -> list[str]:
+    """The architectures that `build_model` accepts, in alphabetical order."""
+    return sorted(_DECODERS)
+
+
+def build_model(config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str, ops: Ops) -> Model:
+    """Allocate the model of `config.architecture`, its weights unfilled (see `Model.places`).
+
+    dtype: of weights and activations. Raises CheckpointError for an unknown architecture and for a config
+    that the family cannot serve.
+    """
+    family = _DECODERS.get(config.architecture)
+    if family is None:
+        raise CheckpointError(
+            f"unknown architecture {config.architecture!r}; known ones: {', '.join(known_architectures())}"
+        )
+    return build_decoder(config, family(config), dtype=dtype, device=device, ops=ops)
