@@ -47,6 +47,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True):
     launcher_pid: a process whose parent is not this pid has been orphaned and must end.
     launch_command: the command line as typed, for `/server_info`.
     epoch: generation of the process tree; grows each time a process is replaced.
+    progress_bar: a person watches the terminal while weights load.
     """
 
     server: ServerConfig
@@ -58,6 +59,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True):
     launch_command: str
     started_at: float
     epoch: int = 0
+    progress_bar: bool = False
 
 
 def write_run_config(config: RunConfig, path: Path) -> None:

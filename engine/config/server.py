@@ -43,9 +43,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
             choices=("auto", "half", "float16", "bfloat16", "float", "float32"),
         ),
     ] = "auto"
-    kv_cache_dtype: Annotated[
-        str, Flag("type of the KV pool", choices=("auto", "float16", "bfloat16", "float32"))
-    ] = "auto"
+    kv_cache_dtype: Annotated[str, Flag("type of the KV pool", choices=("auto", "float16", "bfloat16", "float32"))] = (
+        "auto"
+    )
     download_dir: Annotated[str | None, Flag("hub cache folder")] = None
     served_model_name: Annotated[str | None, Flag("id in /v1/models; default: the model path")] = None
     weight_version: Annotated[str, Flag("reported as weight_version")] = "default"
@@ -89,10 +89,18 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         Flag(
             "order of waiting requests: first come first served, or longest cached prefix first",
             choices=(
-                "fcfs", "lpm", "random", "dfs-weight", "lof", "priority", "routing-key", "hrrn", "shortest-prefill-first",
+                "fcfs",
+                "lpm",
+                "random",
+                "dfs-weight",
+                "lof",
+                "priority",
+                "routing-key",
+                "hrrn",
+                "shortest-prefill-first",
             ),
         ),
-    ] = "fcfs"  # fmt: skip
+    ] = "fcfs"
     page_size: Annotated[int | None, Flag("tokens per KV page; only 1")] = None
     enable_priority_scheduling: Annotated[bool, Flag("order waiting requests by their priority")] = False
     schedule_low_priority_values_first: Annotated[bool, Flag("a smaller priority goes first")] = False
@@ -103,18 +111,14 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     disable_radix_cache: Annotated[bool, Flag("no prefix reuse")] = False
 
     # Parallelism and devices
-    tp_size: Annotated[
-        int, Flag("tensor-parallel ranks", names=("--tp-size", "--tensor-parallel-size", "--tp"))
-    ] = 1
+    tp_size: Annotated[int, Flag("tensor-parallel ranks", names=("--tp-size", "--tensor-parallel-size", "--tp"))] = 1
     nnodes: Annotated[int, Flag("number of machines")] = 1
     node_rank: Annotated[int, Flag("number of this machine")] = 0
     dist_init_addr: Annotated[
         str | None, Flag("host:port of rank 0's rendezvous", names=("--dist-init-addr", "--nccl-init-addr"))
     ] = None
     device: Annotated[str, Flag("where the model runs", choices=("auto", "cpu", "cuda"))] = "auto"
-    pp_size: Annotated[
-        int, Flag("pipeline-parallel size; only 1", names=("--pp-size", "--pipeline-parallel-size"))
-    ] = 1
+    pp_size: Annotated[int, Flag("pipeline-parallel size; only 1", names=("--pp-size", "--pipeline-parallel-size"))] = 1
     dp_size: Annotated[int, Flag("data-parallel size; only 1", names=("--dp-size", "--data-parallel-size"))] = 1
     ep_size: Annotated[
         int, Flag("expert-parallel size; only 1", names=("--ep-size", "--expert-parallel-size", "--ep"))

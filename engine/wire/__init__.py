@@ -1,6 +1,6 @@
 """Every message that passes between processes, one file per hop, and the two socket classes.
 
-    frontend ──to_tokenizer──► tokenizer ──to_scheduler──► scheduler ──to_detokenizer──► detokenizer ──to_frontend──► frontend
+    frontend ─to_tokenizer─► tokenizer ─to_scheduler─► scheduler ─to_detokenizer─► detokenizer ─to_frontend─► frontend
 
 The ring is the only way of a request and of a control message with an answer, so that order is kept
 everywhere: an abort cannot overtake its request, nor a flush the requests before it. Three short cuts

@@ -1,0 +1,1 @@
+"""The scheduler process: continuous batching, radix cache, KV pool, model runner, sampling."""

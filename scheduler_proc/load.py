@@ -1,0 +1,141 @@
+"""Building the engine at start: threads, weights, the size of the KV pool."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import sys
+import time
+from dataclasses import dataclass
+
+import psutil
+import torch
+from tqdm import tqdm
+
+from engine.checkpoints.load import load_weights, open_weights, random_weights
+from engine.checkpoints.model_config import ModelConfig
+from engine.checkpoints.read_config import read_model_config
+from engine.config import ConfigError, RunConfig, ServerConfig
+from engine.kernels import reference
+from engine.kernels.kv_cache import KvCache, allocate_kv_cache, kv_bytes_per_token
+from engine.models.model import Model
+from engine.models.registry import build_model
+from engine.wire.lifecycle import Limits
+
+logger = logging.getLogger(__name__)
+
+POOL_SHARE = 0.5
+"""Share of the memory still free after the weights that the KV pool may take."""
+POOL_CONTEXTS = 16
+"""The default pool holds at most so many full contexts: more would only fill memory with old prefixes."""
+MAX_RUNNING = 64
+CHUNK = 512
+"""Default prompt tokens a step on a CPU: large enough for the GEMMs, small enough for the streams beside it."""
+
+_DTYPES = {
+    "half": torch.float16,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float": torch.float32,
+    "float32": torch.float32,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A loaded model, its KV pool, and what both allow."""
+
+    model: Model
+    cache: KvCache
+    limits: Limits
+
+
+def load_engine(config: RunConfig, *, started: float) -> Engine:
+    """Load the weights, size and allocate the pool. `started`: time.monotonic() at the start of the process."""
+    server = config.server
+    seconds = {"imports": time.monotonic() - started}
+    torch.set_num_threads(server.cpu_threads or len(os.sched_getaffinity(0)))
+    available = psutil.virtual_memory().available
+    model_config = read_model_config(config.model, server.json_model_override_args)
+    dtype = model_dtype(server.dtype, model_config)
+    model = build_model(model_config, dtype=dtype, device="cpu", ops=reference)
+    mark = time.monotonic()
+    fill_weights(model, config, model_config)
+    seconds["weights"] = time.monotonic() - mark
+    mark = time.monotonic()
+    kv_dtype = dtype if server.kv_cache_dtype == "auto" else _DTYPES[server.kv_cache_dtype]
+    token_bytes = kv_bytes_per_token(model_config, kv_dtype)
+    slots = pool_size(server, config.facts.context_length, token_bytes, model.weight_bytes, available)
+    cache = allocate_kv_cache(model_config, slots, kv_dtype, "cpu")
+    seconds["pool"] = time.monotonic() - mark
+    gc.collect()
+    gc.freeze()
+    longest = longest_request(config.facts.context_length, slots)
+    limits = Limits(
+        max_total_num_tokens=slots,
+        max_req_input_len=longest - 5,
+        max_running_requests=server.max_running_requests or MAX_RUNNING,
+        chunked_prefill_size=CHUNK if server.chunked_prefill_size is None else server.chunked_prefill_size,
+        weight_gb=model.weight_bytes / 1e9,
+        kvcache_gb=slots * token_bytes / 1e9,
+        available_gb=available / 1e9,
+        load_seconds=seconds,
+    )
+    logger.info(
+        "%s, %s: weights %.2f GB, KV pool %.2f GB for %d tokens (%.1f GB were free); %s",
+        model_config.architecture, str(dtype).removeprefix("torch."), limits.weight_gb, limits.kvcache_gb, slots,
+        limits.available_gb, ", ".join(f"{name} {spent:.2f} s" for name, spent in seconds.items()),
+    )  # fmt: skip
+    return Engine(model, cache, limits)
+
+
+def model_dtype(flag: str, config: ModelConfig) -> torch.dtype:
+    """The dtype of weights and activations: the flag's, else the checkpoint's, else (GGUF) bfloat16."""
+    if flag != "auto":
+        return _DTYPES[flag]
+    return _DTYPES.get(config.dtype or "bfloat16", torch.bfloat16)
+
+
+def fill_weights(model: Model, config: RunConfig, model_config: ModelConfig) -> None:
+    """Read the checkpoint into the model, with a progress bar where a person is watching."""
+    if config.server.load_format == "dummy":
+        random_weights(model.places, seed=config.server.random_seed or 0)
+        return
+    reader = open_weights(config.model, model_config)
+    with tqdm(total=len(model.places), desc="Loading weights", disable=not config.progress_bar, file=sys.stderr) as bar:
+        load_weights(reader, model.places, ignore=model.ignored, progress=lambda done, _: _advance(bar, done))
+
+
+def _advance(bar: tqdm, done: int) -> None:  # type: ignore[type-arg]
+    bar.update(done - bar.n)
+
+
+def pool_size(server: ServerConfig, context: int, token_bytes: int, weight_bytes: int, available: int) -> int:
+    """Tokens in the KV pool: the flag's, else by memory, at most `POOL_CONTEXTS` whole contexts.
+
+    available: bytes free before the weights were loaded. Raises ConfigError when not even a short prompt fits.
+    """
+    share = server.mem_fraction_static
+    budget = available * share - weight_bytes if share is not None else (available - weight_bytes) * POOL_SHARE
+    by_memory = int(budget // token_bytes)
+    if server.max_total_tokens is not None:
+        if server.max_total_tokens * token_bytes > available - weight_bytes:
+            raise ConfigError(
+                f"--max-total-tokens {server.max_total_tokens} needs {server.max_total_tokens * token_bytes / 1e9:.1f} "
+                f"GB; {max(available - weight_bytes, 0) / 1e9:.1f} GB are free beside the weights"
+            )
+        slots = server.max_total_tokens
+    else:
+        slots = min(by_memory, POOL_CONTEXTS * context)
+    if slots < 16:
+        raise ConfigError(
+            f"the KV pool would hold {slots} tokens, and needs at least 16: {available / 1e9:.1f} GB are free, "
+            f"the weights take {weight_bytes / 1e9:.1f} GB, a token {token_bytes} bytes"
+        )
+    return slots
+
+
+def longest_request(context: int, slots: int) -> int:
+    """Most prompt + output tokens of a request that context and pool can hold (contract §5.3)."""
+    return min(context - 1, slots - 1)

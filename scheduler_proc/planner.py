@@ -1,0 +1,201 @@
+"""What the next step computes: all running decodes, and as many prefill chunks as the token budget holds.
+
+Waiting requests are admitted in the order of the policy, as far as the KV pool can really hold them. When the
+pool is full the youngest running request is preempted: what it has computed stays in the tree (and may be
+evicted there), and it comes back from the front of the queue.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import msgspec
+
+from scheduler_proc.kv_memory import KvMemory
+from scheduler_proc.radix_cache import shared_length
+from scheduler_proc.request import Request
+
+DECODE_RESERVE = 16
+"""Slots kept in hand for the growth of each running request when another one is admitted."""
+SHARED_PREFIX_WORTH_WAITING = 32
+"""A request whose prompt shares this many uncached tokens with one being prefilled waits for that prefill."""
+LPM_CANDIDATES = 128
+"""Longest prefix first looks at this many waiting requests, oldest first."""
+
+
+class PlannerLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """prefill_budget: prompt tokens a step. chunked: a prompt may be cut to fit the budget.
+
+    max_running: requests at once. max_prefills: requests that may prefill in one step (None: any).
+    longest_prefix_first: else first come first served. max_wait: seconds after which a request is served in the
+    order of arrival whatever the policy. priorities: order by priority first; low_first: the smaller the sooner.
+    """
+
+    prefill_budget: int
+    chunked: bool
+    max_running: int
+    max_prefills: int | None = None
+    longest_prefix_first: bool = False
+    max_wait: float = 5.0
+    priorities: bool = False
+    low_first: bool = False
+    default_priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Extend:
+    """`count` tokens of `request` are computed in this step, from `request.computed` on."""
+
+    request: Request
+    count: int
+
+    @property
+    def completes(self) -> bool:
+        """Whether all known tokens are computed after this step, so that the next one can be sampled."""
+        return self.request.computed + self.count == self.request.length
+
+
+@dataclass(slots=True)
+class Planner:
+    """The queues. `waiting` is in order of arrival, `running` in order of admission."""
+
+    limits: PlannerLimits
+    memory: KvMemory
+    waiting: list[Request] = field(default_factory=list)
+    running: list[Request] = field(default_factory=list)
+
+    def plan(self) -> tuple[list[Extend], list[Request]]:
+        """Plan one step and take its slots. Returns the step and the requests that can never be served (a lone
+        request for which the pool is too small)."""
+        plan: list[Extend] = []
+        hopeless: list[Request] = []
+        for request in [r for r in self.running if r.outstanding == 1]:
+            self._extend(request, 1, plan, hopeless)
+        budget = self.limits.prefill_budget
+        most = self.limits.max_prefills or len(self.running) + len(self.waiting)
+        decodes = len(plan)
+        order = iter(self._policy_order())
+        prefilling = iter([r for r in self.running if r.outstanding > 1])
+        while budget > 0 and len(plan) - decodes < most:
+            candidate = next(prefilling, None) or self._admit(order, plan)
+            if candidate is None:
+                break
+            count = self._chunk(candidate, budget, first=len(plan) == decodes)
+            if count and self._extend(candidate, count, plan, hopeless):
+                budget -= count
+        return plan, hopeless
+
+    def preempt(self, request: Request) -> None:
+        """Send a running request back to the queue; what it has computed stays in the tree."""
+        self.running.remove(request)
+        self.memory.release(request)
+        request.retractions += 1
+        position = next((i for i, other in enumerate(self.waiting) if other.number > request.number), None)
+        self.waiting.insert(len(self.waiting) if position is None else position, request)
+
+    def finish(self, request: Request) -> None:
+        """Take a running request out; what it has computed stays in the tree."""
+        self.running.remove(request)
+        self.memory.release(request)
+
+    def _chunk(self, request: Request, budget: int, *, first: bool) -> int:
+        """How many tokens of `request` to compute with `budget` left; 0: none in this step."""
+        if request.outstanding <= budget:
+            return request.outstanding
+        if self.limits.chunked:
+            return budget
+        return request.outstanding if first else 0
+
+    def _extend(self, request: Request, count: int, plan: list[Extend], hopeless: list[Request]) -> bool:
+        """Take slots for the next `count` tokens of `request` and enter it into the plan.
+
+        When there is no room, younger requests that are not in the plan are preempted, and at last this one.
+        """
+        if request not in self.running:
+            return False  # preempted a moment ago, to make room for an older one
+        while not self.memory.extend(request, count):
+            planned = {step.request.number for step in plan}
+            younger = [r for r in self.running if r.number > request.number and r.number not in planned]
+            if younger:
+                self.preempt(max(younger, key=lambda r: r.number))
+            elif len(self.running) > 1:
+                self.preempt(request)
+                return False
+            else:
+                self.finish(request)
+                hopeless.append(request)
+                return False
+        plan.append(Extend(request, count))
+        return True
+
+    def _admit(self, order: Iterator[Request], plan: list[Extend]) -> Request | None:
+        """Admit the next request of `order` for which there is room; None when there is none."""
+        for request in order:
+            if len(self.running) >= self.limits.max_running:
+                return None
+            if self._shares_a_prefill(request):
+                continue
+            self.memory.attach(request)
+            if self.running and self.memory.available < self._reserved(plan) + request.outstanding + _growth(request):
+                self._detach(request)
+                return None
+            self.waiting.remove(request)
+            self.running.append(request)
+            if request.cached_tokens < 0:
+                request.cached_tokens = min(request.computed, request.prompt_length)
+                request.started_at = time.monotonic()
+            return request
+        return None
+
+    def _detach(self, request: Request) -> None:
+        """Undo `attach` of a request that is not admitted after all."""
+        if request.node is not None:
+            self.memory.tree.unlock(request.node)
+            request.node = None
+        request.computed = request.tree_owned = 0
+
+    def _reserved(self, plan: list[Extend]) -> int:
+        """Slots that running requests will still want beyond this step: the rest of their prompts, some growth."""
+        wanted = sum(r.outstanding + _growth(r) for r in self.running)
+        return wanted - sum(step.count for step in plan)
+
+    def _shares_a_prefill(self, request: Request) -> bool:
+        """Whether a running prefill is about to compute a prefix that this request could then reuse."""
+        if not self.memory.reuse:
+            return False
+        prefills = [r for r in self.running if r.outstanding > 1 and r.admit.extra_key == request.admit.extra_key]
+        if not prefills:
+            return False
+        mine = request.tokens[: request.reusable]
+        shared = max(shared_length(r.tokens[: r.length - 1], mine) for r in prefills)
+        if shared < SHARED_PREFIX_WORTH_WAITING:
+            return False
+        cached = self.memory.tree.match_length(request.admit.extra_key, mine)
+        return shared - cached >= SHARED_PREFIX_WORTH_WAITING
+
+    def _policy_order(self) -> list[Request]:
+        """The waiting requests in the order in which they are to be admitted."""
+        order = list(self.waiting)
+        if self.limits.longest_prefix_first:
+            overdue = time.monotonic() - self.limits.max_wait
+            late = [r for r in order if r.arrived_at < overdue]
+            fresh = [r for r in order if r.arrived_at >= overdue][:LPM_CANDIDATES]
+            matched = {
+                r.number: self.memory.tree.match_length(r.admit.extra_key, r.tokens[: r.reusable]) for r in fresh
+            }
+            order = late + sorted(fresh, key=lambda r: -matched[r.number])
+        if self.limits.priorities:
+            order.sort(key=self.urgency)
+        return order
+
+    def urgency(self, request: Request) -> int:
+        """Sort key of the request's priority: smaller goes first."""
+        priority = request.admit.priority
+        value = self.limits.default_priority if priority is None else priority
+        return value if self.limits.low_first else -value
+
+
+def _growth(request: Request) -> int:
+    return min(max(request.remaining_new, 0), DECODE_RESERVE)

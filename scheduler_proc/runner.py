@@ -1,0 +1,83 @@
+"""From a plan to logits: one step's flat arrays, one call of the model, logits for the rows that need them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from engine.kernels.batch import RaggedBatch
+from engine.kernels.kv_cache import KvCache
+from engine.models.model import Model
+from scheduler_proc.planner import Extend
+from scheduler_proc.prompt_logprobs import record
+from scheduler_proc.request import Request
+
+HEAD_ROWS = 128
+"""Rows of logits that are computed at once for prompt logprobs (each is a vocabulary wide)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Runner:
+    """The model and its KV pool."""
+
+    model: Model
+    cache: KvCache
+
+    def run(self, plan: list[Extend]) -> tuple[torch.Tensor, list[Request]]:
+        """Compute one step: KV of every planned token, prompt logprobs where wanted.
+
+        Returns float32 logits [R, V] for the R requests whose next token can be sampled, and these requests.
+        """
+        with torch.inference_mode():
+            batch = ragged_batch(plan)
+            hidden = self.model.hidden(batch, self.cache)
+            self._prompt_logprobs(plan, batch, hidden)
+            sampled = [step.request for step in plan if step.completes]
+            ends = [batch.query_starts[i + 1] - 1 for i, step in enumerate(plan) if step.completes]
+            logits = self.model.logits(hidden[torch.tensor(ends, dtype=torch.int64)])
+        for step in plan:
+            step.request.computed += step.count
+        return logits, sampled
+
+    def _prompt_logprobs(self, plan: list[Extend], batch: RaggedBatch, hidden: torch.Tensor) -> None:
+        for i, step in enumerate(plan):
+            request = step.request
+            if request.prompt_logprobs is None:
+                continue
+            first = max(request.prompt_logprobs.next_row(), request.computed)
+            last = min(request.computed + step.count, request.prompt_length - 1)
+            base = batch.query_starts[i] - request.computed
+            for start in range(first, last, HEAD_ROWS):
+                end = min(start + HEAD_ROWS, last)
+                logits = self.model.logits(hidden[base + start : base + end])
+                record(request, start, logits)
+
+
+def ragged_batch(plan: list[Extend]) -> RaggedBatch:
+    """Lay the planned tokens end to end, with the slots of each request's whole context."""
+    counts = [step.count for step in plan]
+    ends = [step.request.computed + step.count for step in plan]
+    query_starts = (0, *np.cumsum(counts).tolist())
+    context_starts = (0, *np.cumsum(ends).tolist())
+    tokens = np.empty(query_starts[-1], np.int64)
+    positions = np.empty(query_starts[-1], np.int64)
+    slots = np.empty(query_starts[-1], np.int64)
+    context = np.empty(context_starts[-1], np.int64)
+    for i, step in enumerate(plan):
+        request, start, end = step.request, step.request.computed, ends[i]
+        here = slice(query_starts[i], query_starts[i + 1])
+        tokens[here] = request.tokens[start:end]
+        positions[here] = np.arange(start, end)
+        slots[here] = request.slots[start:end]
+        context[context_starts[i] : context_starts[i + 1]] = request.slots[:end]
+    return RaggedBatch(
+        token_ids=torch.from_numpy(tokens),
+        positions=torch.from_numpy(positions),
+        slots=torch.from_numpy(slots),
+        query_starts=query_starts,
+        context_lengths=tuple(ends),
+        context_slots=torch.from_numpy(context),
+        context_starts=context_starts,
+    )

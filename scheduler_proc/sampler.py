@@ -1,0 +1,136 @@
+"""Sampling: the steps of contract §6.2, in their order. Each row is sampled by itself, so that a request's tokens
+do not depend on its company; the draw is a function of (seed, position)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from engine.kernels.noise import uniforms
+from engine.wire.results import FLOAT32_MIN, Scored, TokenLogprobs
+from engine.wire.sampling import LogprobOptions, Sampling
+from scheduler_proc.ranking import best_ids
+from scheduler_proc.request import Request
+
+GREEDY_BELOW = 1e-6
+"""A temperature under this means argmax."""
+
+_FIRST_NUCLEUS = 256
+"""How many of the most likely tokens are ranked at first, in the hope that top_p ends among them."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampledRow:
+    """The next token of a row, or None where the logits are not finite; its logprobs if the request wants them."""
+
+    token: int | None
+    logprobs: TokenLogprobs | None
+
+
+@torch.inference_mode()
+def sample(
+    logits: torch.Tensor, requests: list[Request], eos_ids: list[int], *, original_logprobs: bool
+) -> list[SampledRow]:
+    """Sample the next token of each request.
+
+    logits: float32 [R, V], row i of requests[i]; overwritten where penalties or biases apply.
+    original_logprobs: report logprobs before temperature (else after it).
+    """
+    for row, request in enumerate(requests):
+        adjust(logits[row], request, eos_ids)
+    best = torch.argmax(logits, dim=-1)
+    peaks = torch.gather(logits, 1, best[:, None]).squeeze(1)
+    finite = torch.isfinite(peaks).tolist()
+    greedy = best.tolist()
+    draws = uniforms(
+        np.array([r.admit.sampling.seed & (2**64 - 1) for r in requests], np.uint64),
+        np.array([r.length for r in requests], np.int64),
+    )
+    rows: list[SampledRow] = []
+    for row, request in enumerate(requests):
+        if not finite[row]:
+            rows.append(SampledRow(None, None))
+            continue
+        sampling = request.admit.sampling
+        if sampling.temperature < GREEDY_BELOW:
+            token = greedy[row]
+        else:
+            token = draw(logits[row], sampling, float(draws[row]))
+        logprobs = None
+        if request.admit.logprobs is not None:
+            scale = 1.0 if original_logprobs else sampling.temperature
+            logprobs = output_logprobs(logits[row], token, scale, request.admit.logprobs)
+        rows.append(SampledRow(token, logprobs))
+    return rows
+
+
+def adjust(row: torch.Tensor, request: Request, eos_ids: list[int]) -> None:
+    """Steps 1 to 4 on one row of logits [V], in place: minimum length, penalties, logit bias."""
+    sampling = request.admit.sampling
+    if request.generated < request.min_new_tokens:
+        row[eos_ids + sampling.stop_token_ids] = -torch.inf
+    if request.output_counts:
+        ids = torch.tensor(list(request.output_counts), dtype=torch.int64)
+        counts = torch.tensor(list(request.output_counts.values()), dtype=torch.float32)
+        z = row[ids] - sampling.frequency_penalty * counts - sampling.presence_penalty
+        penalty = sampling.repetition_penalty
+        row[ids] = torch.where(z < 0, z * penalty, z / penalty)
+    if sampling.logit_bias:
+        ids = torch.tensor([int(key) for key in sampling.logit_bias], dtype=torch.int64)
+        row[ids] += torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float32)
+
+
+def draw(row: torch.Tensor, sampling: Sampling, uniform: float) -> int:
+    """Steps 7 to 11 on one row of logits [V]: the token at `uniform` in [0, 1) of the filtered distribution."""
+    probabilities = torch.softmax(row / sampling.temperature, dim=-1)
+    vocabulary = probabilities.shape[0]
+    if sampling.top_k == -1 and sampling.top_p >= 1.0:
+        ids = torch.arange(vocabulary)
+        kept = probabilities.double()
+    else:
+        ids, kept = _nucleus(probabilities, sampling)
+    if sampling.min_p > 0.0:
+        enough = kept >= sampling.min_p * float(probabilities.max())
+        ids, kept = ids[enough], kept[enough]
+    sums = torch.cumsum(kept, dim=0)
+    index = int(torch.searchsorted(sums, uniform * float(sums[-1]), right=True))
+    # Rounding can put the target at the very end, and a token of probability 0 must never be drawn.
+    last = int(torch.nonzero(kept)[-1])
+    return int(ids[min(index, last)])
+
+
+def _nucleus(probabilities: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens that top_k and top_p leave, most likely first, and their probabilities (float64)."""
+    limit = len(probabilities) if sampling.top_k == -1 else min(sampling.top_k, len(probabilities))
+    count = min(limit, _FIRST_NUCLEUS)
+    while True:
+        ids = best_ids(probabilities, count)
+        kept = probabilities[ids].double()
+        before = torch.cumsum(kept, dim=0) - kept
+        inside = before <= sampling.top_p
+        if count == limit or not bool(inside[-1]):
+            return ids[inside], kept[inside]
+        count = min(limit, count * 8)
+
+
+def output_logprobs(row: torch.Tensor, token: int | None, temperature: float, wanted: LogprobOptions) -> TokenLogprobs:
+    """The logprobs of one output position from its adjusted logits [V]."""
+    if temperature >= GREEDY_BELOW and temperature != 1.0:
+        row = row / temperature
+    logprobs = torch.log_softmax(row, dim=-1)
+    return TokenLogprobs(
+        logprob=None if token is None else _finite(float(logprobs[token])),
+        top=scored(logprobs, best_ids(logprobs, wanted.top)) if wanted.top else None,
+        ids=scored(logprobs, torch.tensor(wanted.ids, dtype=torch.int64)) if wanted.ids else None,
+    )
+
+
+def scored(logprobs: torch.Tensor, ids: torch.Tensor) -> list[Scored]:
+    """(logprob, id) of each of `ids`, minus infinity as the smallest float32."""
+    return [(_finite(value), token) for value, token in zip(logprobs[ids].tolist(), ids.tolist(), strict=True)]
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, FLOAT32_MIN)

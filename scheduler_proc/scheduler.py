@@ -1,0 +1,266 @@
+"""The scheduler: takes in requests, plans and runs steps, hands out what they produced."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from engine.wire.results import Finish
+from engine.wire.sockets import Inbox, Outbox
+from engine.wire.to_detokenizer import NO_TOKEN, ToDetokenizer
+from engine.wire.to_frontend import Ended, Flushed, State
+from engine.wire.to_scheduler import Abort, Admit, FlushCache, QueryState, StopSeen, ToScheduler
+from scheduler_proc.kv_memory import InvariantError
+from scheduler_proc.outputs import StepRows
+from scheduler_proc.planner import Extend, Planner
+from scheduler_proc.request import Request, new_request
+from scheduler_proc.runner import Runner
+from scheduler_proc.sampler import SampledRow, sample
+from scheduler_proc.statistics import Statistics
+
+logger = logging.getLogger(__name__)
+
+NO_PRIORITY = "Using priority is disabled for this server. Please send a new request without a priority."
+QUEUE_FULL = "The request queue is full."
+OUTRANKED = "The request is aborted by a higher priority request."
+OUT_OF_MEMORY = "Out of memory even after retracting all other requests in the decode batch. Aborting the last request."
+
+
+class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Settings of the loop.
+
+    longest: most prompt + output tokens of a request (`max_req_len`); max_input: prompts must be shorter.
+    waiting_timeout, running_timeout: seconds, None for no limit.
+    strict: an invariant that does not hold ends the process (else it is logged).
+    report: the part of `/server_info` that does not change.
+    """
+
+    eos_ids: list[int]
+    longest: int
+    max_input: int
+    max_queued: int | None
+    truncate: bool
+    refuse_priority: bool
+    original_logprobs: bool
+    waiting_timeout: float | None
+    running_timeout: float | None
+    strict: bool
+    report: dict[str, Any]
+
+
+@dataclass(slots=True)
+class Scheduler:
+    settings: SchedulerSettings
+    planner: Planner
+    runner: Runner
+    inbox: Inbox[ToScheduler]
+    outbox: Outbox[ToDetokenizer]
+    statistics: Statistics
+    requests: dict[int, Request] = field(default_factory=dict)
+    flushes: deque[tuple[FlushCache, float]] = field(default_factory=deque)
+    arrivals: int = 0
+
+    def loop(self) -> None:
+        """Serve until the process is ended."""
+        while True:
+            if not self.requests:
+                self.idle()
+                self.inbox.wait(None)
+            for message in self.inbox.drain():
+                self.handle(message)
+            if self.requests:
+                self.step()
+            self._answer_flushes()
+
+    def idle(self) -> None:
+        """What is done each time the last request has left."""
+        try:
+            self.planner.memory.check(self.planner.running)
+        except InvariantError:
+            if self.settings.strict:
+                raise
+            logger.exception("The KV pool is not whole; this is a bug")
+
+    def handle(self, message: ToScheduler) -> None:
+        match message:
+            case Admit():
+                self._admit(message)
+            case Abort(keys):
+                self._abort(keys)
+            case StopSeen(keys):
+                for key in keys:
+                    if key in self.requests:
+                        self._drop(self.requests[key])
+            case FlushCache(_, timeout):
+                self.flushes.append((message, time.monotonic() + timeout))
+            case QueryState(key):
+                self.outbox.send(State(key, self.state()))
+
+    def step(self) -> None:
+        """Plan and run one step, and send what it produced."""
+        rows = StepRows()
+        self._expire(rows)
+        plan, hopeless = self.planner.plan()
+        for request in hopeless:
+            del self.requests[request.key]
+            rows.add(request, finish=Finish("abort", message=OUT_OF_MEMORY, status=500))
+        if plan:
+            started = time.perf_counter()
+            logits, requests = self.runner.run(plan)
+            sampled = self._sample(logits, requests)
+            self._store_prefills(plan)
+            for request, row in zip(requests, sampled, strict=True):
+                self._emit(request, row, rows)
+            self.statistics.step(plan, sampled, time.perf_counter() - started, self.planner)
+        if rows.keys:
+            self.outbox.send(rows.message())
+
+    def state(self) -> dict[str, Any]:
+        """The scheduler's part of `/server_info`, and the counts that health and load routes need."""
+        memory = self.planner.memory
+        return self.settings.report | {
+            "last_gen_throughput": self.statistics.throughput,
+            "num_running_reqs": len(self.planner.running),
+            "num_waiting_reqs": len(self.planner.waiting),
+            "num_used_tokens": memory.pool.size - memory.available,
+            "num_cached_tokens": memory.tree.token_count,
+            "num_free_tokens": memory.pool.free_count,
+            "num_retractions": self.statistics.retractions(self.planner),
+        }
+
+    def _admit(self, admit: Admit) -> None:
+        prompt_length = len(admit.input_ids) // 4
+        limit = self.settings.max_input
+        if prompt_length >= limit:
+            if not self.settings.truncate:
+                self._refuse(
+                    admit,
+                    f"Input length ({prompt_length} tokens) exceeds the maximum allowed length ({limit} tokens). "
+                    "Use a shorter input or enable --allow-auto-truncate.",
+                    400,
+                )
+                return
+            logger.warning("Request %s: prompt cut from %d to %d tokens", admit.rid, prompt_length, limit - 1)
+            admit = msgspec.structs.replace(admit, input_ids=admit.input_ids[: 4 * (limit - 1)])
+        if admit.priority is not None and self.settings.refuse_priority:
+            self._refuse(admit, NO_PRIORITY, 503)
+            return
+        self.arrivals += 1
+        request = new_request(admit, self.arrivals, self.settings.longest)
+        if not self._enqueue(request):
+            self._refuse(admit, QUEUE_FULL, 503)
+
+    def _enqueue(self, request: Request) -> bool:
+        """Put a request into the queue. When that is full a less urgent one may have to leave it."""
+        waiting = self.planner.waiting
+        most = self.settings.max_queued
+        if most is not None and len(waiting) >= most:
+            if not (self.planner.limits.priorities and waiting):
+                return False
+            last = max(waiting, key=lambda r: (self.planner.urgency(r), r.number))
+            if self.planner.urgency(last) <= self.planner.urgency(request):
+                return False
+            self._end_waiting(last, Finish("abort", message=OUTRANKED, status=503))
+        waiting.append(request)
+        self.requests[request.key] = request
+        return True
+
+    def _refuse(self, admit: Admit, message: str, status: int) -> None:
+        self.outbox.send(Ended(admit.key, admit.attempt, Finish("abort", message=message, status=status), "scheduler"))
+
+    def _abort(self, keys: list[int]) -> None:
+        rows = StepRows()
+        for request in [self.requests[key] for key in keys if key in self.requests]:
+            if request in self.planner.waiting and not request.opened:
+                self._end_waiting(request, Finish("abort", message="Abort in waiting queue"))
+            else:
+                self._drop(request)
+                rows.add(request, finish=Finish("abort", message="Aborted"))
+        if rows.keys:
+            self.outbox.send(rows.message())
+
+    def _end_waiting(self, request: Request, finish: Finish) -> None:
+        """End a request that has produced nothing yet."""
+        self._drop(request)
+        self.outbox.send(Ended(request.key, request.admit.attempt, finish, "scheduler"))
+
+    def _drop(self, request: Request) -> None:
+        """Forget a request, wherever it is."""
+        del self.requests[request.key]
+        if request in self.planner.running:
+            self.planner.finish(request)
+        else:
+            self.planner.waiting.remove(request)
+
+    def _expire(self, rows: StepRows) -> None:
+        """End requests that have waited or run longer than allowed."""
+        now = time.monotonic()
+        if self.settings.waiting_timeout is not None:
+            for request in [r for r in self.planner.waiting if not r.opened]:
+                if now - request.arrived_at > self.settings.waiting_timeout:
+                    message = "Request waiting timeout reached."
+                    self._end_waiting(request, Finish("abort", message=message, status=503))
+        if self.settings.running_timeout is not None:
+            for request in list(self.planner.running):
+                if now - (request.started_at or now) > self.settings.running_timeout:
+                    self._drop(request)
+                    message = "Request running timeout reached."
+                    rows.add(request, finish=Finish("abort", message=message, status=503))
+
+    def _sample(self, logits: Any, requests: list[Request]) -> list[SampledRow]:
+        if not requests:
+            return []
+        return sample(logits, requests, self.settings.eos_ids, original_logprobs=self.settings.original_logprobs)
+
+    def _store_prefills(self, plan: list[Extend]) -> None:
+        """Share what a prefill has computed at once, not only when its request ends."""
+        for step in plan:
+            if step.request.computed <= step.request.prompt_length:
+                self.planner.memory.store(step.request)
+
+    def _emit(self, request: Request, row: SampledRow, rows: StepRows) -> None:
+        """Take a sampled token into its request, and end that if this was its last."""
+        if request.max_new_tokens <= request.generated:  # a prompt that is only to be computed
+            logprobs = row.logprobs and msgspec.structs.replace(row.logprobs, logprob=None, top=None)
+            self._end(request, NO_TOKEN, _length(request), rows, logprobs)
+            return
+        if row.token is None:
+            self._end(request, NO_TOKEN, Finish("stop", matched="NaN happened"), rows)
+            return
+        request.append(row.token)
+        finish = self._finish(request, row.token)
+        if finish is None:
+            rows.add(request, row.token, logprobs=row.logprobs)
+        else:
+            self._end(request, row.token, finish, rows, row.logprobs)
+
+    def _end(self, request: Request, token: int, finish: Finish, rows: StepRows, logprobs: Any = None) -> None:
+        self._drop(request)
+        rows.add(request, token, finish, logprobs)
+
+    def _finish(self, request: Request, token: int) -> Finish | None:
+        """Whether `token`, the newest, ends the request (contract §6.3, rows 4 and 5)."""
+        sampling = request.admit.sampling
+        if not sampling.ignore_eos and (token in self.settings.eos_ids or token in sampling.stop_token_ids):
+            return Finish("stop", matched=token)
+        return _length(request) if request.generated >= request.max_new_tokens else None
+
+    def _answer_flushes(self) -> None:
+        while self.flushes:
+            message, deadline = self.flushes[0]
+            if self.requests and time.monotonic() < deadline:
+                return
+            self.flushes.popleft()
+            if not self.requests:
+                self.planner.memory.flush()
+                logger.info("Cache flushed")
+            self.outbox.send(Flushed(message.key, not self.requests))
+
+
+def _length(request: Request) -> Finish:
+    return Finish("length", length=request.max_new_tokens)

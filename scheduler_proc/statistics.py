@@ -1,0 +1,53 @@
+"""Throughput figures of the step loop, and the log lines made of them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+
+from scheduler_proc.planner import Extend, Planner
+from scheduler_proc.sampler import SampledRow
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Statistics:
+    """Counts since the last log line; one line every `interval` steps that decode, one for each that prefills.
+
+    throughput: output tokens per second over the last interval.
+    """
+
+    interval: int
+    throughput: float = 0.0
+    _steps: int = 0
+    _tokens: int = 0
+    _since: float = field(default_factory=time.monotonic)
+
+    def step(self, plan: list[Extend], sampled: list[SampledRow], seconds: float, planner: Planner) -> None:
+        """Count one step that took `seconds`."""
+        prefill = sum(step.count for step in plan if step.count > 1)
+        if prefill:
+            logger.debug(
+                "Prefill: %d tokens of %d requests in %.1f ms, running %d, waiting %d",
+                prefill, len(plan), 1000 * seconds, len(planner.running), len(planner.waiting),
+            )  # fmt: skip
+        self._tokens += len(sampled)
+        self._steps += 1
+        if self._steps >= self.interval:
+            now = time.monotonic()
+            self.throughput = self._tokens / max(now - self._since, 1e-9)
+            memory = planner.memory
+            logger.info(
+                "Decode: running %d, waiting %d, %.1f tok/s, KV use %.1f%% + cached %.1f%%",
+                len(planner.running), len(planner.waiting), self.throughput,
+                100 * (memory.pool.size - memory.available) / memory.pool.size,
+                100 * memory.tree.evictable_count / memory.pool.size,
+            )  # fmt: skip
+            self._steps = self._tokens = 0
+            self._since = now
+
+    def retractions(self, planner: Planner) -> int:
+        """Preemptions of the requests that are in the scheduler now."""
+        return sum(request.retractions for request in [*planner.running, *planner.waiting])

@@ -1,0 +1,159 @@
+"""A scheduler without processes: a model that reads its context back from the KV pool and answers with a hash of it.
+
+If a slot were lost, shared wrongly or overwritten, the hash and with it the tokens would come out wrong.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.kernels.batch import RaggedBatch
+from engine.wire.results import Finish, TokenLogprobs
+from engine.wire.sampling import LogprobOptions, Sampling, TextOptions
+from engine.wire.to_detokenizer import NO_TOKEN, Opened, StepOutput
+from engine.wire.to_frontend import Ended
+from engine.wire.to_scheduler import Admit
+from scheduler_proc.kv_memory import KvMemory
+from scheduler_proc.planner import Planner, PlannerLimits
+from scheduler_proc.runner import Runner
+from scheduler_proc.scheduler import Scheduler, SchedulerSettings
+from scheduler_proc.statistics import Statistics
+
+VOCABULARY = 50
+EOS = 0
+
+
+def next_token(context: list[int]) -> int:
+    """What the fake model generates after `context`."""
+    state = 17
+    for position, token in enumerate(context):
+        state = (state * 31 + token * 7 + position) % 1_000_003
+    return 1 + state % (VOCABULARY - 1)
+
+
+class HashModel:
+    """Writes (token, position) into the pool, reads whole contexts back, and makes one-hot logits of their hash."""
+
+    def __init__(self) -> None:
+        self.computed = 0
+        self.largest_batch = 0
+
+    def hidden(self, batch: RaggedBatch, cache: Any) -> torch.Tensor:
+        cache.tokens[batch.slots] = batch.token_ids
+        cache.positions[batch.slots] = batch.positions
+        self.computed += batch.num_tokens
+        self.largest_batch = max(self.largest_batch, batch.num_tokens)
+        answers = []
+        for sequence, length in enumerate(batch.context_lengths):
+            slots = batch.context_slots[batch.context_starts[sequence] : batch.context_starts[sequence + 1]]
+            assert cache.positions[slots].tolist() == list(range(length))
+            tokens = cache.tokens[slots].tolist()
+            count = batch.query_starts[sequence + 1] - batch.query_starts[sequence]
+            answers += [next_token(tokens[: length - count + i + 1]) for i in range(count)]
+        return torch.tensor(answers)[:, None]
+
+    def logits(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.one_hot(rows[:, 0], VOCABULARY).float() * 5
+
+
+@dataclass
+class Sent:
+    """Stands for the outbox: what each request was sent."""
+
+    tokens: dict[int, list[int]] = field(default_factory=dict)
+    finishes: dict[int, Finish] = field(default_factory=dict)
+    opened: dict[int, Opened] = field(default_factory=dict)
+    logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    others: list[Any] = field(default_factory=list)
+
+    def send(self, message: Any) -> None:
+        if isinstance(message, Ended):
+            assert message.key not in self.finishes
+            self.finishes[message.key] = message.finish
+        elif isinstance(message, StepOutput):
+            for opened in message.opened:
+                assert opened.key not in self.opened
+                self.opened[opened.key] = opened
+                self.tokens[opened.key] = list(opened.output_ids)
+            for row, (key, token) in enumerate(zip(message.keys, message.tokens, strict=True)):
+                assert key in self.opened and key not in self.finishes
+                if token != NO_TOKEN:
+                    self.tokens[key].append(token)
+                if row in message.finished:
+                    self.finishes[key] = message.finished[row]
+                if row in message.logprobs:
+                    self.logprobs.setdefault(key, []).append(message.logprobs[row])
+        else:
+            self.others.append(message)
+
+
+def simulated_scheduler(pool: int, *, reuse: bool = True, **limits: Any) -> tuple[Scheduler, Sent, HashModel]:
+    """A scheduler over `pool` slots and the fake model; `limits` are fields of `PlannerLimits`."""
+    model = HashModel()
+    cache = SimpleNamespace(
+        tokens=torch.full((pool,), -1, dtype=torch.int64), positions=torch.full((pool,), -1, dtype=torch.int64)
+    )
+    sent = Sent()
+    defaults: dict[str, Any] = {"prefill_budget": 16, "chunked": True, "max_running": 8}
+    scheduler = Scheduler(
+        settings=SchedulerSettings(
+            eos_ids=[EOS], longest=min(200, pool) - 1, max_input=min(200, pool) - 6, max_queued=None, truncate=False,
+            refuse_priority=False, original_logprobs=False, waiting_timeout=None, running_timeout=None, strict=True,
+            report={},
+        ),
+        planner=Planner(PlannerLimits(**(defaults | limits)), KvMemory(pool, reuse=reuse)),
+        runner=Runner(model, cache),  # type: ignore[arg-type]
+        inbox=None,  # type: ignore[arg-type]
+        outbox=sent,  # type: ignore[arg-type]
+        statistics=Statistics(10**9),
+    )  # fmt: skip
+    return scheduler, sent, model
+
+
+def admit(
+    key: int,
+    prompt: list[int],
+    *,
+    new: int = 8,
+    earlier: list[int] | None = None,
+    logprobs: LogprobOptions | None = None,
+    extra_key: str | None = None,
+    priority: int | None = None,
+    **sampling: Any,
+) -> Admit:
+    return Admit(
+        key=key,
+        attempt=0,
+        rid=f"request {key}",
+        input_ids=np.array(prompt, "<i4").tobytes(),
+        output_ids=np.array(earlier or [], "<i4").tobytes(),
+        sampling=Sampling(**({"max_new_tokens": new, "temperature": 0.0} | sampling)),
+        text_options=TextOptions(),
+        logprobs=logprobs,
+        extra_key=extra_key,
+        priority=priority,
+    )
+
+
+def expected_tokens(prompt: list[int], new: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(new):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+def run_to_end(scheduler: Scheduler, most: int = 5_000) -> None:
+    """Step until nothing is left, checking the pool after every step."""
+    for _ in range(most):
+        if not scheduler.requests:
+            break
+        scheduler.step()
+        scheduler.planner.memory.check(scheduler.planner.running)
+    assert not scheduler.requests, "the scheduler makes no progress"
+    assert not scheduler.planner.waiting and not scheduler.planner.running
+    scheduler.idle()

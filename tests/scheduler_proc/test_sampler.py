@@ -1,0 +1,181 @@
+"""Sampling against a plain restatement of contract §6.2 in float64."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from simulation import admit
+
+from engine.wire.results import FLOAT32_MIN
+from engine.wire.sampling import LogprobOptions, Sampling
+from scheduler_proc.ranking import best_ids
+from scheduler_proc.request import Request, new_request
+from scheduler_proc.sampler import adjust, draw, output_logprobs, sample
+
+LOGITS = st.lists(st.integers(-20, 20).map(lambda n: n / 2), min_size=1, max_size=40)
+PARAMETERS = st.fixed_dictionaries(
+    {
+        "temperature": st.sampled_from([0.3, 1.0, 2.5]),
+        "top_k": st.sampled_from([-1, 1, 2, 5, 1000]),
+        "top_p": st.sampled_from([1.0, 0.9, 0.5, 0.01]),
+        "min_p": st.sampled_from([0.0, 0.2, 1.0]),
+    }
+)
+
+
+def naive_distribution(logits: list[float], parameters: Sampling) -> dict[int, float]:
+    """Token → probability after temperature, top_k, top_p and min_p, as the contract words them."""
+    peak = max(logits)
+    weights = [math.exp((z - peak) / parameters.temperature) for z in logits]
+    probabilities = [w / sum(weights) for w in weights]
+    order = sorted(range(len(logits)), key=lambda t: (-logits[t], t))
+    if parameters.top_k != -1:
+        order = order[: parameters.top_k]
+    kept, before = [], 0.0
+    for token in order:
+        if before > parameters.top_p + 1e-6:
+            break
+        kept.append(token)
+        before += probabilities[token]
+    kept = [t for t in kept if probabilities[t] >= parameters.min_p * max(probabilities) * (1 - 1e-6)]
+    total = sum(probabilities[t] for t in kept)
+    return {t: probabilities[t] / total for t in kept}
+
+
+@settings(max_examples=80, deadline=None)
+@given(LOGITS, PARAMETERS)
+def test_draws_follow_the_filtered_distribution(logits: list[float], parameters: dict[str, float]) -> None:
+    sampling = Sampling(**parameters)  # type: ignore[arg-type]
+    expected = naive_distribution(logits, sampling)
+    row = torch.tensor(logits, dtype=torch.float32)
+    steps = 200
+    drawn = [draw(row, sampling, (i + 0.5) / steps) for i in range(steps)]
+    for token in set(drawn) | set(expected):
+        assert drawn.count(token) / steps == pytest.approx(expected.get(token, 0.0), abs=2.5 / steps)
+
+
+def test_the_whole_unit_interval_is_safe() -> None:
+    row = torch.full((100,), -torch.inf)
+    row[3] = row[50] = 0.0
+    for uniform in (0.0, 0.49999, 0.5, np.nextafter(1.0, 0.0)):
+        assert draw(row, Sampling(), float(uniform)) in (3, 50)
+        assert draw(row, Sampling(top_p=0.99), float(uniform)) in (3, 50)
+
+
+def test_a_nucleus_wider_than_the_first_guess() -> None:
+    row = torch.zeros(1024)
+    drawn = {draw(row, Sampling(top_p=0.5), (i + 0.5) / 1024) for i in range(1024)}
+    assert drawn == set(range(513))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=50), st.integers(0, 60))
+def test_best_ids_breaks_ties_by_the_lower_id(scores: list[int], count: int) -> None:
+    expected = sorted(range(len(scores)), key=lambda t: (-scores[t], t))[:count]
+    assert best_ids(torch.tensor(scores, dtype=torch.float32), count).tolist() == expected
+
+
+def _request(output: list[int], **sampling: object) -> Request:
+    request = new_request(admit(1, [9], new=100, **sampling), 1, 1000)  # type: ignore[arg-type]
+    for token in output:
+        request.append(token)
+    return request
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.integers(-8, 8), min_size=10, max_size=10),
+    st.lists(st.integers(0, 9), max_size=12),
+    st.sampled_from([0.0, 1.5, -2.0]),
+    st.sampled_from([0.0, 0.7]),
+    st.sampled_from([1.0, 1.3, 0.5]),
+    st.dictionaries(st.integers(0, 9), st.sampled_from([-100.0, 2.0]), max_size=3),
+    st.integers(0, 6),
+)
+def test_penalties_bias_and_minimum_length(
+    logits: list[int],
+    output: list[int],
+    frequency: float,
+    presence: float,
+    repetition: float,
+    bias: dict[int, float],
+    minimum: int,
+) -> None:
+    request = _request(
+        output,
+        frequency_penalty=frequency,
+        presence_penalty=presence,
+        repetition_penalty=repetition,
+        logit_bias={str(k): v for k, v in bias.items()},
+        min_new_tokens=minimum,
+        stop_token_ids=[4],
+    )
+    expected = [float(z) for z in logits]
+    for token in range(10):
+        if len(output) < minimum and token in (0, 4):
+            expected[token] = -math.inf
+        expected[token] -= frequency * output.count(token) + (presence if token in output else 0.0)
+        if token in output:
+            z = expected[token]
+            expected[token] = z * repetition if z < 0 else z / repetition
+        expected[token] += bias.get(token, 0.0)
+    row = torch.tensor(logits, dtype=torch.float32)
+    adjust(row, request, [0])
+    assert row.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+def test_resumed_output_counts_for_the_penalties() -> None:
+    request = new_request(admit(1, [9], earlier=[2, 2, 3], frequency_penalty=1.0), 1, 100)
+    row = torch.zeros(5)
+    adjust(row, request, [0])
+    assert row.tolist() == [0.0, 0.0, -2.0, -1.0, 0.0]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**32), st.integers(0, 2**63 - 1))
+def test_a_row_is_sampled_alike_in_any_company(noise: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(noise)
+    logits = torch.randn(7, 100, generator=generator) * 3
+    requests = [
+        _request([5] * i, temperature=1.3, seed=seed - i, top_p=0.9 if i % 2 else 1.0, frequency_penalty=0.5)
+        for i in range(7)
+    ]
+    together = sample(logits.clone(), requests, [0], original_logprobs=False)
+    for i, request in enumerate(requests):
+        (alone,) = sample(logits[i : i + 1].clone(), [request], [0], original_logprobs=False)
+        assert alone == together[i]
+
+
+def test_negative_seeds_and_positions_change_the_draw() -> None:
+    logits = torch.zeros(1, 1000)
+    tokens = set()
+    for seed in (-(2**63), -1, 0, 1, 2**63 - 1):
+        for output in ([], [1]):
+            request = _request(output, seed=seed, temperature=1.0)
+            tokens.add(sample(logits.clone(), [request], [], original_logprobs=False)[0].token)
+    assert len(tokens) > 8
+
+
+def test_rows_that_are_not_finite_have_no_token() -> None:
+    logits = torch.zeros(3, 4)
+    logits[0, 2] = torch.nan
+    logits[1] = -torch.inf
+    rows = sample(logits, [_request([], temperature=0.0) for _ in range(3)], [], original_logprobs=False)
+    assert [row.token for row in rows] == [None, None, 0]
+
+
+def test_logprobs_of_an_output_position() -> None:
+    row = torch.tensor([0.0, 2.0, 2.0, -torch.inf])
+    expected = torch.log_softmax(row / 0.5, dim=-1).tolist()
+    found = output_logprobs(row, 2, 0.5, LogprobOptions(top=3, ids=[3, 0]))
+    assert found.logprob == pytest.approx(expected[2])
+    assert found.top is not None and [token for _, token in found.top] == [1, 2, 0]
+    assert found.ids == [(FLOAT32_MIN, 3), (pytest.approx(expected[0]), 0)]
+    greedy = output_logprobs(row, 1, 0.0, LogprobOptions(top=1))
+    assert greedy.top == [(greedy.logprob, 1)]
+    assert greedy.logprob == pytest.approx(torch.log_softmax(row, dim=-1)[1].item())
