@@ -104,7 +104,7 @@ def read_gguf_header(path: str | Path) -> GgufHeader:
     version 2 or 3, little-endian; OSError messages come as CheckpointError too.
     """
     try:
-        with open(path, "rb") as file:
+        with Path(path).open("rb") as file:
             size = file.seek(0, 2)
             if size < 24:
                 raise CheckpointError(f"{path}: {size} bytes are too few for a GGUF file")

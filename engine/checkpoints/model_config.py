@@ -11,6 +11,8 @@ class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Rotary position embedding and its scaling, with the names that Hugging Face configs use.
 
     original_context: context length before scaling (llama3, yarn).
+    frequency_factors: what each inverse frequency is divided by, after the scaling of `kind`, rotary_dim / 2 of them
+        (llama3's scaling, as GGUF files carry it); None: all 1.
     attention_factor: yarn's factor on cos and sin; None: 0.1 ln(factor) + 1 (and mscale, mscale_all_dim if set).
     """
 
@@ -26,6 +28,7 @@ class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    frequency_factors: tuple[float, ...] | None = None
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,0 +1,158 @@
+"""A GGUF file's metadata, said as the config.json that means the same.
+
+The keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; their defaults are those of llama.cpp.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.checkpoints.config_fields import Fields
+from engine.checkpoints.errors import CheckpointError
+from engine.checkpoints.gguf_file import KINDS, GgufHeader
+
+_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ROPE_FACTORS = "rope_freqs.weight"
+
+
+@dataclass(frozen=True)
+class GgufConfig:
+    """raw: keys and values of a config.json.
+
+    biases: fields of ModelConfig that no config.json of the architecture can say, because only GGUF has q, k, v biases
+    without one of o.
+    """
+
+    raw: dict[str, Any]
+    biases: dict[str, bool]
+
+
+def config_of_gguf(path: Path, header: GgufHeader) -> GgufConfig:
+    """Translate the metadata of a GGUF file. Raises CheckpointError for keys that are missing or make no sense."""
+    general = Fields(str(path), "unknown", header.metadata, {})
+    arch = general.text("general.architecture")
+    prefix = f"{arch}."
+    own = {key.removeprefix(prefix): value for key, value in header.metadata.items() if key.startswith(prefix)}
+    fields = Fields(f"{path}: {arch}", arch, own, {})
+    hidden_size = fields.positive("embedding_length")
+    num_heads = fields.positive("attention.head_count")
+    head_dim = fields.positive("attention.key_length", hidden_size // num_heads)
+    if fields.positive("attention.value_length", head_dim) != head_dim:
+        raise fields.error("attention.value_length", f"equal to attention.key_length ({head_dim})")
+    window = fields.count("attention.sliding_window") if "attention.sliding_window" in own else 0
+    raw: dict[str, Any] = {
+        "architectures": [_architecture(arch, fields, window)],
+        "model_type": "mistral" if arch == "llama" and window else arch,
+        "hidden_size": hidden_size,
+        "num_hidden_layers": fields.positive("block_count"),
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": fields.positive("attention.head_count_kv", num_heads),
+        "head_dim": head_dim,
+        "intermediate_size": fields.positive("feed_forward_length"),
+        "max_position_embeddings": fields.positive("context_length"),
+        "rms_norm_eps": _as_written(fields.positive_number("attention.layer_norm_rms_epsilon")),
+        "hidden_act": "silu",
+        "vocab_size": _vocab_size(header, fields),
+        "tie_word_embeddings": "output.weight" not in header.tensors,
+        "attention_bias": "blk.0.attn_q.bias" in header.tensors,
+        "mlp_bias": "blk.0.ffn_gate.bias" in header.tensors,
+        "bos_token_id": header.metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": _end_ids(general),
+        "sliding_window": window or None,
+        **_rope(path, header, fields, head_dim),
+    }
+    biases = {"output_bias": "blk.0.attn_output.bias" in header.tensors}
+    if raw["architectures"] == ["MistralForCausalLM"]:
+        biases |= {"attention_bias": raw["attention_bias"], "mlp_bias": raw["mlp_bias"]}
+    return GgufConfig(raw=raw, biases=biases)
+
+
+def _architecture(arch: str, fields: Fields, window: int) -> str:
+    """llama stands for Llama, Mistral and Mixtral: they differ in the window and the experts."""
+    if arch == "llama" and fields.raw.get("expert_count"):
+        return "MixtralForCausalLM"
+    if arch == "llama" and window:
+        return "MistralForCausalLM"
+    return _ARCHITECTURES.get(arch, arch)
+
+
+def _vocab_size(header: GgufHeader, fields: Fields) -> int:
+    """Rows of the embedding, which may be more than the tokenizer has tokens (padding)."""
+    embedding = header.tensors.get("token_embd.weight")
+    if embedding is not None and len(embedding.shape) == 2:
+        return embedding.shape[0]
+    tokens = header.metadata.get("tokenizer.ggml.tokens")
+    return len(tokens) if isinstance(tokens, list) else fields.positive("vocab_size")
+
+
+def _end_ids(general: Fields) -> list[int]:
+    """The ends of a generation: of the text, of a turn, of a message."""
+    keys = ("eos_token_id", "eot_token_id", "eom_token_id")
+    return sorted({token for key in keys for token in general.token_ids(f"tokenizer.ggml.{key}")})
+
+
+def _rope(path: Path, header: GgufHeader, fields: Fields, head_dim: int) -> dict[str, Any]:
+    rotary_dim = fields.positive("rope.dimension_count", head_dim)
+    if rotary_dim > head_dim:
+        raise fields.error("rope.dimension_count", f"at most the head's size ({head_dim})")
+    if fields.architecture == "llama" and rotary_dim != head_dim:
+        raise fields.error("rope.dimension_count", f"the head's size ({head_dim}), as the rows of q and k are permuted")
+    scaling = _scaling(fields)
+    if ROPE_FACTORS in header.tensors:
+        scaling["frequency_factors"] = _frequency_factors(path, header)
+    return {
+        "rope_theta": _as_written(fields.positive_number("rope.freq_base", 10000.0)),
+        "partial_rotary_factor": rotary_dim / head_dim,
+        "rope_scaling": scaling,
+    }
+
+
+def _scaling(fields: Fields) -> dict[str, Any]:
+    kind = fields.text_or_none("rope.scaling.type") or "linear"
+    factor = fields.number_or_none("rope.scaling.factor") or fields.number_or_none("rope.scale_linear") or 1.0
+    if kind == "none" or (kind == "linear" and factor == 1.0):
+        return {"rope_type": "default"}
+    scaling: dict[str, Any] = {"rope_type": kind, "factor": _as_written(factor)}
+    if "rope.scaling.original_context_length" in fields.raw:
+        scaling["original_max_position_embeddings"] = fields.positive("rope.scaling.original_context_length")
+    if kind != "yarn":
+        return scaling
+    for key in ("beta_fast", "beta_slow"):
+        scaling[key] = fields.number_or_none(f"rope.scaling.yarn_{key}")
+    # llama.cpp multiplies these factors with yarn's usual one; in a config.json attention_factor stands in its place.
+    own = fields.positive_number("rope.scaling.attn_factor", 1.0)
+    own *= fields.positive_number("rope.scaling.yarn_attn_factor", 1.0)
+    if own != 1.0:
+        scaling["attention_factor"] = own * (0.1 * math.log(max(factor, 1.0)) + 1.0)
+    return scaling
+
+
+def _frequency_factors(path: Path, header: GgufHeader) -> tuple[float, ...]:
+    tensor = header.tensors[ROPE_FACTORS]
+    if KINDS[tensor.kind][0] != "F32" or len(tensor.shape) != 1:
+        raise CheckpointError(f"{path}: {ROPE_FACTORS} is {KINDS[tensor.kind][0]} {tensor.shape}, not a vector of F32")
+    with path.open("rb") as file:
+        file.seek(tensor.offset)
+        factors: tuple[float, ...] = struct.unpack(f"<{tensor.shape[0]}f", file.read(tensor.size))
+    if not all(math.isfinite(factor) and factor > 0 for factor in factors):
+        raise CheckpointError(f"{path}: {ROPE_FACTORS} holds values that are not greater than 0")
+    return factors
+
+
+def _as_written(value: float) -> float:
+    """The shortest decimal that is this float32: 1e-5 for the 9.999999747378752e-06 that the file holds."""
+    for digits in range(1, 9):
+        short = float(f"{value:.{digits}g}")
+        if _float32(short) == _float32(value):
+            return short
+    return value
+
+
+def _float32(value: float) -> float:
+    result: float = ctypes.c_float(value).value
+    return result
