@@ -1,0 +1,49 @@
+"""Load the tokenizer of a checkpoint, in milliseconds: neither torch nor transformers is imported unless a folder has
+only files that transformers must convert."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from engine.checkpoints.errors import CheckpointError
+from engine.checkpoints.folder_tokenizer import load_folder_tokenizer, read_folder_eos_ids
+from engine.checkpoints.gguf_file import read_gguf_header
+from engine.checkpoints.gguf_tokenizer import build_gguf_tokenizer, gguf_eos_ids
+from engine.checkpoints.tokenizer_data import Tokenizer, decode, encode
+from engine.config import ModelSource
+
+__all__ = ["Tokenizer", "decode", "encode", "load_tokenizer", "read_eos_ids"]
+
+
+def load_tokenizer(source: ModelSource, *, mode: str = "auto", chat_template: str | None = None) -> Tokenizer:
+    """Load the tokenizer at `source`: a folder in Hugging Face layout or a GGUF file.
+
+    mode: "auto" reads tokenizer.json where there is one; "slow" prefers the files it was made from
+    (tokenizer.model, or vocab.json and merges.txt) and converts them with transformers.
+    chat_template: a file with a Jinja template that replaces the tokenizer's own.
+    Raises CheckpointError, which names the path and what is wrong or missing.
+    """
+    path = Path(source.path)
+    if source.kind == "gguf":
+        tokenizer = build_gguf_tokenizer(read_gguf_header(path).metadata, path)
+    else:
+        tokenizer = load_folder_tokenizer(path, slow=mode == "slow")
+    if chat_template is None:
+        return tokenizer
+    try:
+        text = Path(chat_template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"chat template {chat_template!r} cannot be read: {error}") from error
+    return dataclasses.replace(tokenizer, chat_template=text, tool_template=None)
+
+
+def read_eos_ids(source: ModelSource) -> list[int]:
+    """The `eos_ids` of the tokenizer at `source`, ascending, without loading the tokenizer as a whole.
+
+    Raises CheckpointError when there is no tokenizer or it cannot be read.
+    """
+    path = Path(source.path)
+    if source.kind == "gguf":
+        return gguf_eos_ids(read_gguf_header(path).metadata)
+    return read_folder_eos_ids(path)
