@@ -1,0 +1,10 @@
+"""The HTTP frontend: owns every request from its first byte until its last, and speaks the native API.
+
+__main__ ── server ── app ── generate, info, control, text, health     (routes)
+                               │
+       bodies, diagnosis, defaults, items (a body becomes ring messages)
+                               │
+               journal (what is in flight) ── ring (sockets)
+                               │
+                 answers, logprobs (what a client reads)
+"""

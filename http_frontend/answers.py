@@ -1,0 +1,161 @@
+"""What a client reads of a request: the object of contract §7.1 and §7.2, whole or as a stream's chunks.
+
+JSON is spliced from fragments: of text, ids and logprobs only what is new is encoded for each chunk, since a
+cumulative stream sends everything again with each token.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import msgspec
+
+from engine.wire.results import Finish
+from http_frontend.errors import RefusedError
+from http_frontend.journal import Entry
+from http_frontend.logprobs import GrowingList, LogprobLists
+
+_encode = msgspec.json.encode
+
+DONE = b"data: [DONE]\n\n"
+
+_OBJECT = (
+    b'{%b"output_ids":[%b],%b"meta_info":{"id":%b,"finish_reason":%b,"prompt_tokens":%d,"weight_version":%b,'
+    b'"num_retractions":%d,"reasoning_tokens":0,"completion_tokens":%d,"cached_tokens":%d,'
+    b'"cached_tokens_details":null,"dp_rank":null%b}}'
+)
+
+
+class AnswerStyle(msgspec.Struct, frozen=True, kw_only=True):
+    """How a call's objects look.
+
+    with_text: false with --skip-tokenizer-init. with_prompt: add `prompt_token_ids`.
+    incremental: text, ids and output logprobs are deltas. indexed: a stream of several items, so chunks carry `index`.
+    """
+
+    with_text: bool
+    with_prompt: bool
+    incremental: bool
+    indexed: bool
+    weight_version: str
+
+
+class Writer:
+    """Writes one entry's object, again and again as it grows; a plain answer is one call at the end."""
+
+    def __init__(self, entry: Entry, style: AnswerStyle) -> None:
+        self._entry = entry
+        self._style = style
+        self._open = b'"index":%d,' % entry.index if style.indexed else b""
+        self._id = _encode(entry.generate.rid)
+        self._weight_version = _encode(style.weight_version)
+        self._texts_seen = 0
+        self._ids_seen = 0
+        self._text = b""
+        self._ids = GrowingList(style.incremental)
+        self._prompt: bytes = b""
+        self._first = True
+        options = entry.generate.logprobs
+        with_text = entry.generate.text_options.text_in_logprobs
+        self._logprobs = LogprobLists(entry, options, with_text, style.incremental) if options else None
+
+    def write(self) -> bytes:
+        """The object as JSON, of all that has come so far."""
+        entry = self._entry
+        output_ids = entry.output_ids
+        count = len(output_ids)
+        ids = self._ids.extend(output_ids[self._ids_seen :])
+        self._ids_seen = count
+        finish = entry.finish
+        extra = b""
+        if self._logprobs is not None:
+            extra = self._logprobs.fields()
+        if finish is not None:
+            extra += b',"e2e_latency":%.6f' % (entry.finished - entry.arrived)
+        if self._first:
+            extra += b',"response_sent_to_client_ts":%.6f' % time.time()
+            self._first = False
+        return _OBJECT % (
+            self._text_field(),
+            ids,
+            self._prompt_field() if self._style.with_prompt else b"",
+            self._id,
+            b"null" if finish is None else _encode(finish_reason(finish)),
+            entry.prompt_tokens,
+            self._weight_version,
+            entry.retractions,
+            count,
+            entry.cached_tokens,
+            extra,
+        )
+
+    def event(self) -> bytes:
+        """The object as an event of a stream, or the error line of an entry that was refused at the door."""
+        entry = self._entry
+        if entry.origin == "door" and entry.finish is not None and entry.finish.status == 400:
+            return error_event(entry.finish.message or "", entry.index if self._style.indexed else None)
+        return b"data: %b\n\n" % self.write()
+
+    def _text_field(self) -> bytes:
+        if not self._style.with_text:
+            return self._open
+        texts = self._entry.texts
+        new = b""
+        if len(texts) > self._texts_seen:
+            new = _encode("".join(texts[self._texts_seen :]))[1:-1]
+            self._texts_seen = len(texts)
+        if self._style.incremental:
+            return b'%b"text":"%b",' % (self._open, new)
+        self._text += new
+        return b'%b"text":"%b",' % (self._open, self._text)
+
+    def _prompt_field(self) -> bytes:
+        if not self._prompt and self._entry.prompt_ids:
+            self._prompt = b'"prompt_token_ids":%b,' % _encode(self._entry.prompt().tolist())
+        return self._prompt or b'"prompt_token_ids":[],'
+
+
+def finish_reason(finish: Finish) -> dict[str, Any]:
+    """`meta_info.finish_reason` of an ended request."""
+    match finish.kind:
+        case "stop":
+            return {"type": "stop", "matched": finish.matched}
+        case "length":
+            return {"type": "length", "length": finish.length}
+        case "abort":
+            return {"type": "abort", "message": finish.message, "status_code": finish.status, "err_type": None}
+
+
+def failure(entry: Entry) -> RefusedError | None:
+    """The error that a call answers for `entry` when it is not streamed; None for an ordinary answer (§7.6)."""
+    finish = entry.finish
+    if finish is None or finish.kind != "abort" or finish.status is None:
+        return None
+    message = finish.message or ""
+    if finish.status == 400:
+        return RefusedError("A", message)
+    return RefusedError("D", message, finish.status, str(finish.status))
+
+
+def error_event(message: str, index: int | None = None) -> bytes:
+    """A stream's line for a request that is invalid (§7.5)."""
+    error = {"message": message, "type": "invalid_request_error", "code": 400, "retryable": False}
+    body = {"error": error} if index is None else {"index": index, "error": error}
+    return b"data: %b\n\n" % _encode(body)
+
+
+def refused_event(refused: RefusedError, rid: str, style: AnswerStyle) -> bytes:
+    """A stream's only line for a call that was refused before it had items."""
+    if refused.shape == "A":
+        return error_event(refused.message)
+    meta = {
+        "id": rid,
+        "finish_reason": finish_reason(Finish("abort", message=refused.message, status=refused.status)),
+        "prompt_tokens": 0,
+        "completion_tokens": 0,
+        "cached_tokens": 0,
+        "weight_version": style.weight_version,
+    }
+    text = {"text": ""} if style.with_text else {}
+    return b"data: %b\n\n" % _encode({**text, "output_ids": [], "meta_info": meta})

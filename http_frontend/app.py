@@ -1,0 +1,112 @@
+"""The Starlette application: routes, HTTP-level errors (shape E), CORS, root path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from http_frontend.auth import ApiKeys
+from http_frontend.control import Control
+from http_frontend.errors import RefusedError, error_response, json_response
+from http_frontend.frontend import Frontend
+from http_frontend.generate import GenerateEndpoint
+from http_frontend.health import Health
+from http_frontend.info import Info
+from http_frontend.text import Text
+
+
+def build_app(frontend: Frontend) -> ASGIApp:
+    """The application that answers for `frontend`."""
+    server = frontend.run.server
+    root_path = server.fastapi_root_path.rstrip("/")
+    middleware = [
+        Middleware(
+            CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"], allow_credentials=True
+        )
+    ]
+    if server.api_key is not None or server.admin_api_key is not None:
+        middleware.append(
+            Middleware(
+                ApiKeys,
+                api_key=server.api_key,
+                admin_key=server.admin_api_key,
+                path_of=lambda scope: _below(root_path, scope["path"]),
+            )
+        )
+    app = Starlette(
+        routes=_routes(frontend),
+        middleware=middleware,
+        exception_handlers={RefusedError: _refused, HTTPException: _http_error},
+    )
+    return app if not root_path else _RootPath(app, root_path)
+
+
+def _routes(frontend: Frontend) -> list[Route]:
+    info, health, control, text = Info(frontend), Health(frontend), Control(frontend), Text(frontend)
+    return [
+        _route("/generate", GenerateEndpoint(frontend), "POST", "PUT"),
+        _route("/health", health.health, "GET"),
+        _route("/health_generate", health.health_generate, "GET"),
+        _route("/ready", health.ready, "GET"),
+        _route("/ping", health.ready, "GET"),
+        _route("/v1/models", info.models, "GET"),
+        _route("/v1/models/{id:path}", info.model, "GET"),
+        _route("/model_info", info.model_info, "GET"),
+        _route("/get_model_info", info.model_info, "GET"),
+        _route("/server_info", info.server_info, "GET"),
+        _route("/get_server_info", info.server_info, "GET"),
+        _route("/flush_cache", control.flush_cache, "GET", "POST"),
+        _route("/abort_request", control.abort_request, "POST"),
+        _route("/tokenize", text.tokenize, "POST"),
+        _route("/v1/tokenize", text.tokenize, "POST"),
+        _route("/detokenize", text.detokenize, "POST"),
+        _route("/v1/detokenize", text.detokenize, "POST"),
+        _route("/", info.root, "GET", "HEAD"),
+    ]
+
+
+def _route(path: str, endpoint: Callable[..., Any], *methods: str) -> Route:
+    """A route with exactly these methods: Starlette would add HEAD to GET."""
+    route = Route(path, endpoint, methods=methods)
+    route.methods = set(methods)
+    return route
+
+
+def _refused(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, RefusedError)
+    return error_response(error)
+
+
+def _http_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    headers = dict(error.headers) if error.headers else None
+    return json_response({"detail": error.detail}, error.status_code, headers)
+
+
+def _below(root_path: str, path: str) -> str:
+    """`path` without `root_path`, where a proxy has left it on."""
+    if root_path and (path == root_path or path.startswith(root_path + "/")):
+        return path[len(root_path) :] or "/"
+    return path
+
+
+class _RootPath:
+    """Tells the application the prefix it is reached under, whether or not the proxy strips it."""
+
+    def __init__(self, app: ASGIApp, root_path: str) -> None:
+        self._app = app
+        self._root_path = root_path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope["root_path"] = self._root_path
+        await self._app(scope, receive, send)

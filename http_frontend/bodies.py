@@ -1,0 +1,193 @@
+"""Request bodies as typed structs, and how they are read. Field lists: contract §3.11, §3.12, §4.1, §5.1, §6.1."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, TypeVar
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from http_frontend.errors import unreadable
+
+T = TypeVar("T")
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+
+Ids = list[int | list[int]]
+"""A flat list of token ids or a list of such lists; normalisation refuses a mixture."""
+
+
+class SamplingBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """`sampling_params`. UNSET: not named by the request; None: the built-in default, explicitly."""
+
+    max_new_tokens: int | UnsetType | None = UNSET
+    stop: str | list[str] | UnsetType | None = UNSET
+    stop_token_ids: list[int] | UnsetType | None = UNSET
+    stop_regex: str | list[str] | UnsetType | None = UNSET
+    temperature: float | UnsetType | None = UNSET
+    top_p: float | UnsetType | None = UNSET
+    top_k: int | UnsetType | None = UNSET
+    min_p: float | UnsetType | None = UNSET
+    frequency_penalty: float | UnsetType | None = UNSET
+    presence_penalty: float | UnsetType | None = UNSET
+    repetition_penalty: float | UnsetType | None = UNSET
+    min_new_tokens: int | UnsetType | None = UNSET
+    n: int | UnsetType | None = UNSET
+    json_schema: str | UnsetType | None = UNSET
+    regex: str | UnsetType | None = UNSET
+    ebnf: str | UnsetType | None = UNSET
+    structural_tag: str | UnsetType | None = UNSET
+    ignore_eos: bool | UnsetType | None = UNSET
+    skip_special_tokens: bool | UnsetType | None = UNSET
+    spaces_between_special_tokens: bool | UnsetType | None = UNSET
+    no_stop_trim: bool | UnsetType | None = UNSET
+    stream_interval: int | UnsetType | None = UNSET
+    logit_bias: dict[str, float] | UnsetType | None = UNSET
+    sampling_seed: int | UnsetType | None = UNSET
+    custom_params: dict[str, Any] | UnsetType | None = UNSET
+    beam_width: int | UnsetType | None = UNSET
+    watermark: Any = UNSET
+    choice: Any = UNSET
+
+
+class GenerateBody(msgspec.Struct, kw_only=True):
+    """Body of `/generate`. Fields that the contract calls plain booleans do not take null."""
+
+    text: str | list[str] | None = None
+    input_ids: Ids | None = None
+    input_embeds: list[Any] | None = None
+    sampling_params: SamplingBody | list[SamplingBody] | None = None
+    rid: str | list[str] | None = None
+    stream: bool = False
+    return_logprob: bool | list[bool] | None = None
+    logprob_start_len: int | list[int] | None = None
+    top_logprobs_num: int | list[int] | None = None
+    token_ids_logprob: Ids | None = None
+    return_text_in_logprobs: bool = False
+    return_prompt_token_ids: bool = False
+    return_hidden_states: bool | list[bool] = False
+    return_routed_experts: bool = False
+    routed_experts_start_len: int = 0
+    return_flat_raw_top_logprobs: bool = False
+    return_entropy: bool = False
+    session_params: dict[str, Any] | None = None
+    session_id: str | None = None
+    lora_path: str | list[str | None] | None = None
+    custom_logit_processor: str | list[str | None] | None = None
+    priority: int | None = None
+    extra_key: str | list[str | None] | None = None
+    cache_salt: str | list[str | None] | None = None
+    max_thinking_tokens: int | None = None
+    require_reasoning: bool = False
+    routed_dp_rank: int | None = None
+    log_metrics: bool = True
+    no_logs: bool = False
+    background: bool = False
+    custom_labels: dict[str, Any] | None = None
+    image_data: Any = None
+    video_data: Any = None
+    audio_data: Any = None
+
+
+class TokenizeBody(msgspec.Struct, kw_only=True):
+    """Body of `/tokenize`."""
+
+    prompt: str | list[str] | None = None
+    messages: list[dict[str, Any]] | None = None
+    add_special_tokens: bool | None = True
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class DetokenizeBody(msgspec.Struct, kw_only=True):
+    """Body of `/detokenize`."""
+
+    tokens: Ids
+    skip_special_tokens: bool = True
+
+
+class AbortBody(msgspec.Struct, kw_only=True):
+    """Body of `/abort_request`."""
+
+    rid: str | None = ""
+    abort_all: bool | None = False
+
+
+GENERATE: msgspec.json.Decoder[GenerateBody] = msgspec.json.Decoder(GenerateBody)
+TOKENIZE: msgspec.json.Decoder[TokenizeBody] = msgspec.json.Decoder(TokenizeBody)
+DETOKENIZE: msgspec.json.Decoder[DetokenizeBody] = msgspec.json.Decoder(DetokenizeBody)
+ABORT: msgspec.json.Decoder[AbortBody] = msgspec.json.Decoder(AbortBody, strict=False)
+
+_JSON_TYPE = re.compile(r"application/(json|[\w.!#$&^-]+\+json)\s*(;|$)", re.IGNORECASE)
+_LONG_NUMBER = re.compile(rb"[0-9]{19}")
+
+
+class ClientGoneError(Exception):
+    """The client hung up before its request was complete."""
+
+
+async def read_body(receive: Receive) -> bytes:
+    """The whole body. Raises `ClientGoneError`."""
+    message = await receive()
+    if message["type"] == "http.request" and not message.get("more_body", False):
+        return bytes(message["body"])
+    parts = []
+    while message["type"] == "http.request":
+        parts.append(message["body"])
+        if not message.get("more_body", False):
+            return b"".join(parts)
+        message = await receive()
+    raise ClientGoneError
+
+
+def content_type(headers: list[tuple[bytes, bytes]]) -> str:
+    """Value of the `Content-Type` header, "" without one."""
+    for name, value in headers:
+        if name == b"content-type":
+            return value.decode("latin-1").strip()
+    return ""
+
+
+def check_content_type(value: str, body: bytes) -> None:
+    """Raise the shape C refusal of a body that is not declared to be JSON, and of no body at all."""
+    if not body.strip():
+        raise unreadable("1 validation error: Field required: the request has no body")
+    if not _JSON_TYPE.match(value):
+        raise unreadable(f"Content-Type must be application/json, got {value!r}: the body was not parsed as JSON")
+
+
+def find_wide_integer(body: bytes) -> int | None:
+    """The first integer of a JSON body that does not fit 64 bits (signed or unsigned), or None.
+
+    Raises `msgspec.DecodeError` when the body is not JSON.
+    """
+    if not _LONG_NUMBER.search(body):
+        return None
+    waiting = [msgspec.json.decode(body)]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting.extend(value.values())
+        elif isinstance(value, list):
+            waiting.extend(value)
+        elif isinstance(value, int) and not -(2**63) <= value < 2**64:
+            return value
+    return None
+
+
+def decode_body(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
+    """Decode the body of a route other than `/generate`. Raises the shape C refusal."""
+    try:
+        wide = find_wide_integer(body)
+        if wide is not None:
+            raise unreadable(f"JSON decode error: integer {wide} does not fit 64 bits")
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        missing = "Field required: " if "missing required field" in str(error) else ""
+        raise unreadable(f"1 validation error: {missing}{error}") from None
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise unreadable(f"JSON decode error: {error}") from None

@@ -1,0 +1,130 @@
+"""The frontend's state, shared by all routes: configuration, ring, and where the server is in its life."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from typing import Any
+
+import zmq
+
+from engine.config import RunConfig
+from engine.wire.lifecycle import Drain, Limits, Serving
+from engine.wire.results import Finish
+from http_frontend.defaults import read_preferred
+from http_frontend.errors import RefusedError
+from http_frontend.items import Desk
+from http_frontend.pulse import Pulse, WarmUpError, warm_up
+from http_frontend.ring import Ring
+
+log = logging.getLogger(__name__)
+
+_ABORTED = Finish("abort", message="Aborted")
+_ANSWER_GRACE = 2.0
+"""Seconds that the scheduler gets to answer the aborts of a drain before they are answered here."""
+
+
+class Frontend:
+    """One frontend. `start` must run on the event loop that serves.
+
+    ended: resolves when a drain is over, or with the error that ends the process.
+    warm: `/health` may be 200. startup_seconds: from the launch until then.
+    """
+
+    def __init__(self, run: RunConfig, context: zmq.Context[Any]) -> None:
+        self.run = run
+        self.ring = Ring(context, run.runtime_dir)
+        self.journal = self.ring.journal
+        self.desk = Desk(
+            run=run,
+            preferred=read_preferred(run.server),
+            next_key=self.ring.next_key,
+            seeds=random.Random(run.server.random_seed),
+            is_running=self.journal.is_running,
+        )
+        self.weight_version = run.server.weight_version
+        self.warm = False
+        self.draining = False
+        self.startup_seconds = 0.0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Open the ring and wait for the launcher's word."""
+        self.loop = loop
+        self.limits: asyncio.Future[Limits] = loop.create_future()
+        self.ended: asyncio.Future[None] = loop.create_future()
+        self.pulse = Pulse(self.ring, loop)
+        self.ring.on_scheduler = self.pulse.beat
+        self.ring.on_serving = self._serving
+        self.ring.on_drain = lambda message: self._spawn(self._drain(message))
+        self.ring.on_failure = self._fail
+        self.ring.open(loop)
+
+    @property
+    def up(self) -> bool:
+        """Ready to work and not about to leave."""
+        return self.warm and not self.draining
+
+    def check_open(self) -> None:
+        """Raise the 503 of a server that is about to leave."""
+        if self.draining:
+            raise RefusedError("D", "The server is shutting down.", 503)
+
+    def _spawn(self, work: Any) -> None:
+        task: asyncio.Task[None] = self.loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        if not self.ended.done():
+            self.ended.set_exception(error)
+
+    def _serving(self, message: Serving) -> None:
+        if not self.limits.done():
+            self.limits.set_result(message.limits)
+            self._spawn(self._warm_up())
+
+    async def _warm_up(self) -> None:
+        if not self.run.server.skip_server_warmup and self.run.facts.is_generation:
+            try:
+                await warm_up(self.ring, self.loop, with_text=self.run.tokenizer is not None)
+            except WarmUpError:
+                # A server on its way out aborts its warm-up too, and that is no fault.
+                if not self.draining:
+                    raise
+                return
+        self.startup_seconds = time.time() - self.run.started_at
+        self.warm = True
+        self.ring.tell_warm()
+
+    async def _drain(self, message: Drain) -> None:
+        if self.draining:
+            return
+        self.draining = True
+        log.info("draining: %d requests in flight, at most %g s", len(self.journal), message.timeout)
+        if not await self._idle_within(message.timeout):
+            log.warning("aborting %d requests that did not finish in time", len(self.journal))
+            self.journal.abort(self.journal.match(None))
+            await self._idle_within(_ANSWER_GRACE)
+        self.journal.end_all(_ABORTED)
+        if not self.ended.done():
+            self.ended.set_result(None)
+
+    async def _idle_within(self, seconds: float) -> bool:
+        if not len(self.journal):
+            return True
+        idle = asyncio.Event()
+        self.journal.on_idle = idle.set
+        try:
+            async with asyncio.timeout(seconds):
+                await idle.wait()
+        except TimeoutError:
+            return not len(self.journal)
+        return True

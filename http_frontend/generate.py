@@ -1,0 +1,234 @@
+"""POST|PUT /generate: from the body to the last byte of the answer (contract §5 and §7).
+
+Written as plain ASGI: a stream sends tens of chunks a second, each of which should cost as little as it can.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+
+from http_frontend.answers import DONE, AnswerStyle, Writer, failure, refused_event
+from http_frontend.bodies import (
+    GENERATE,
+    ClientGoneError,
+    GenerateBody,
+    Message,
+    Receive,
+    check_content_type,
+    content_type,
+    find_wide_integer,
+    read_body,
+)
+from http_frontend.diagnosis import diagnose
+from http_frontend.errors import RefusedError, error_response, unreadable
+from http_frontend.frontend import Frontend
+from http_frontend.items import Plan, plan_call
+from http_frontend.journal import NEVER, Entry, Journal, nothing_to_do
+
+Scope = dict[str, Any]
+Send = Callable[[Message], Awaitable[None]]
+
+_STREAM_START: Message = {
+    "type": "http.response.start",
+    "status": 200,
+    "headers": [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")],
+}
+
+
+def read_generate(body: bytes, declared: str) -> GenerateBody:
+    """The typed body of a call; `declared` is its Content-Type. Raises `RefusedError` of shape B or C."""
+    check_content_type(declared, body)
+    try:
+        decoded = GENERATE.decode(body)
+        wide = find_wide_integer(body)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise diagnose(body, error) from None
+    if wide is not None:
+        raise unreadable(f"JSON decode error: the body contains non-int64 element {wide}")
+    return decoded
+
+
+class Call:
+    """One call's entries, and the one thing its coroutine waits for: that some of them have news, or the client left.
+
+    News are a set of entries: however many tokens come while a slow client is being served, an entry is written once.
+    """
+
+    __slots__ = ("_future", "_loop", "_news", "entries", "gone", "warmers")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._news: dict[int, Entry] = {}
+        self._future: asyncio.Future[None] | None = None
+        self.entries: list[Entry] = []
+        self.warmers: list[Entry] = []
+        self.gone = False
+
+    def notify(self, entry: Entry) -> None:
+        """For `Entry.notify`: the entry has news, and needs to say no more until it has been written."""
+        entry.due = NEVER
+        self._news[entry.index] = entry
+        self._wake()
+
+    def hang_up(self) -> None:
+        """The client has gone."""
+        self.gone = True
+        self._wake()
+
+    async def news(self) -> list[Entry]:
+        """Entries with news, in order of their news; none when the client has gone."""
+        if not self._news and not self.gone:
+            self._future = self._loop.create_future()
+            await self._future
+        if self.gone:
+            return []
+        entries = list(self._news.values())
+        self._news.clear()
+        return entries
+
+    def _wake(self) -> None:
+        future = self._future
+        if future is not None:
+            self._future = None
+            if not future.done():
+                future.set_result(None)
+
+
+class GenerateEndpoint:
+    """The ASGI application of /generate."""
+
+    def __init__(self, frontend: Frontend) -> None:
+        self._frontend = frontend
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            body = await read_body(receive)
+        except ClientGoneError:
+            return
+        try:
+            self._frontend.check_open()
+            request = read_generate(body, content_type(scope["headers"]))
+        except RefusedError as refused:
+            await error_response(refused)(scope, receive, send)
+            return
+        try:
+            plan = plan_call(request, self._frontend.desk)
+        except RefusedError as refused:
+            await self._refuse(refused, request, scope, receive, send)
+            return
+        await self._run(plan, request, scope, receive, send)
+
+    async def _refuse(
+        self, refused: RefusedError, request: GenerateBody, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Shapes B and C are plain answers; the rest is told a stream as an event (§7.5)."""
+        if not request.stream or refused.shape == "C":
+            await error_response(refused)(scope, receive, send)
+            return
+        rid = request.rid if isinstance(request.rid, str) else ""
+        await send(_STREAM_START)
+        await _send_last(send, refused_event(refused, rid, self._style(request, False)) + DONE)
+
+    def _style(self, request: GenerateBody, many: bool) -> AnswerStyle:
+        server = self._frontend.run.server
+        return AnswerStyle(
+            with_text=not server.skip_tokenizer_init,
+            with_prompt=request.return_prompt_token_ids,
+            incremental=request.stream and server.incremental_streaming_output,
+            indexed=request.stream and many,
+            weight_version=self._frontend.weight_version,
+        )
+
+    async def _run(self, plan: Plan, request: GenerateBody, scope: Scope, receive: Receive, send: Send) -> None:
+        frontend = self._frontend
+        call = Call(frontend.loop)
+        style = self._style(request, plan.many)
+        start_call(call, plan, request.stream, frontend.journal)
+        watcher = frontend.loop.create_task(_watch(receive, call))
+        try:
+            if request.stream:
+                await _stream(call, plan, style, send)
+            else:
+                await _answer(call, plan, style, scope, receive, send)
+        finally:
+            watcher.cancel()
+            # Whatever has not ended by now has nobody left to tell.
+            frontend.journal.forget(call.warmers + call.entries)
+
+
+def start_call(call: Call, plan: Plan, stream: bool, journal: Journal) -> None:
+    """Put the plan's items into the journal: at once, or for n > 1 behind the request that computes their prompt."""
+    due = 1 if stream else NEVER
+    call.entries = [
+        Entry(item.generate, call.notify, due=due, index=index, asked_rid=item.asked_rid)
+        for index, item in enumerate(plan.items)
+    ]
+    if not plan.warmers:
+        journal.submit(call.entries)
+        return
+    for i, generate in enumerate(plan.warmers):
+        warmer = Entry(generate, nothing_to_do, asked_rid=plan.items[i * plan.n].asked_rid)
+        warmer.followers = call.entries[i * plan.n : (i + 1) * plan.n]
+        call.warmers.append(warmer)
+    journal.enter(call.entries)
+    journal.submit(call.warmers)
+
+
+async def _watch(receive: Receive, call: Call) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    call.hang_up()
+
+
+async def _stream(call: Call, plan: Plan, style: AnswerStyle, send: Send) -> None:
+    """Send a chunk for each entry with news; `send` waits while the client is slow, and news pile up as one."""
+    await send(_STREAM_START)
+    writers = [Writer(entry, style) for entry in call.entries]
+    left = len(writers)
+    while left:
+        entries = await call.news()
+        if call.gone:
+            return
+        events = []
+        for entry in entries:
+            events.append(writers[entry.index].event())
+            if entry.finish is None:
+                entry.due = len(entry.output_ids) + plan.items[entry.index].stream_interval
+            else:
+                left -= 1
+        if left:
+            body = events[0] if len(events) == 1 else b"".join(events)
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+        else:
+            events.append(DONE)
+            await _send_last(send, b"".join(events))
+            return
+    await _send_last(send, DONE)
+
+
+async def _answer(call: Call, plan: Plan, style: AnswerStyle, scope: Scope, receive: Receive, send: Send) -> None:
+    """Wait for all entries, or for the first that fails the call, and send one JSON body."""
+    left = len(call.entries)
+    while left:
+        entries = await call.news()
+        if call.gone:
+            return
+        for entry in entries:
+            if (refused := failure(entry)) is not None:
+                await error_response(refused)(scope, receive, send)
+                return
+        left -= len(entries)
+    objects = [Writer(entry, style).write() for entry in call.entries]
+    body = b"[%b]" % b",".join(objects) if plan.many else objects[0]
+    length = str(len(body)).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", length)]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await _send_last(send, body)
+
+
+async def _send_last(send: Send, body: bytes) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": False})

@@ -1,0 +1,234 @@
+"""The journal: everything the server knows of the requests in flight.
+
+The frontend owns requests; every other process can be rebuilt from here. An entry keeps the message that
+started it, the prompt's ids once the tokenizer has reported them, and all output so far, so that it can be sent
+again (attempt + 1, its output as a prefix) when a process has died. Messages are columns of a whole step, applied in
+one loop.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from array import array
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from engine.wire.results import Finish, InputLogprobs, TokenLogprobs
+from engine.wire.to_frontend import Accepted, Ended, TextStep
+from engine.wire.to_scheduler import Abort
+from engine.wire.to_tokenizer import Generate, ToTokenizer
+
+NEVER = sys.maxsize
+"""`Entry.due` of a request whose owner wants to hear only of its end."""
+
+_ABORTED_WAITING = Finish("abort", message="Abort in waiting queue")
+
+
+class Entry:
+    """One item in flight.
+
+    notify: called with the entry when it has ended, or has at least `due` output ids. It sets `due` anew.
+    asked_rid: what the client called it, where the item has a rid of its own (parallel samples).
+    texts, output_ids, logprobs: what has come so far; `logprobs` has a row a token, and one without a token for a
+    request of 0 new tokens. logprob_texts: text of each id that the logprobs name, if asked.
+    probe: the server's own request (health, warm-up), which no client can see or abort.
+    followers: entries that are sent once this one has ended well.
+    """
+
+    __slots__ = (
+        "arrived", "asked_rid", "attempt", "cached_tokens", "due", "finish", "finished", "followers", "generate",
+        "index", "input_logprobs", "key", "logprob_texts", "logprobs", "notify", "origin", "output_ids", "probe",
+        "prompt_ids", "prompt_tokens", "retractions", "sent", "texts",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        generate: Generate,
+        notify: Callable[[Entry], None],
+        *,
+        due: int = NEVER,
+        index: int = 0,
+        asked_rid: str | None = None,
+        probe: bool = False,
+    ) -> None:
+        self.generate = generate
+        self.key = generate.key
+        self.attempt = generate.attempt
+        self.notify = notify
+        self.due = due
+        self.index = index
+        self.asked_rid = asked_rid
+        self.probe = probe
+        self.followers: list[Entry] = []
+        self.sent = False
+        self.arrived = time.perf_counter()
+        self.finished = 0.0
+        self.prompt_ids = b""
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
+        self.input_logprobs: InputLogprobs | None = None
+        self.logprob_texts: dict[int, str] = {}
+        self.texts: list[str] = []
+        self.output_ids: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
+        self.retractions = 0
+        self.finish: Finish | None = None
+        self.origin = "scheduler"
+
+    def prompt(self) -> array[int]:
+        """The prompt's ids, empty until the tokenizer has reported them."""
+        ids: array[int] = array("i")
+        ids.frombytes(self.prompt_ids)
+        return ids
+
+
+class Journal:
+    """All entries in flight, by key. `send` puts a message on the ring."""
+
+    def __init__(self, send: Callable[[ToTokenizer], None]) -> None:
+        self._send = send
+        self._entries: dict[int, Entry] = {}
+        self._rids: dict[str, Entry] = {}
+        self._clients = 0
+        self.on_idle: Callable[[], None] | None = None
+
+    def __len__(self) -> int:
+        """Requests of clients in flight; the server's own do not count."""
+        return self._clients
+
+    def is_running(self, rid: str) -> bool:
+        return rid in self._rids
+
+    def enter(self, entries: Iterable[Entry]) -> None:
+        """Take `entries` in without sending them."""
+        for entry in entries:
+            self._entries[entry.key] = entry
+            self._rids[entry.generate.rid] = entry
+            self._clients += not entry.probe
+
+    def submit(self, entries: Iterable[Entry]) -> None:
+        """Take `entries` in and send them."""
+        entries = list(entries)
+        self.enter(entries)
+        self._dispatch(entries)
+
+    def abort(self, entries: Iterable[Entry]) -> None:
+        """Ask the scheduler to end `entries`; what was never sent ends here."""
+        keys = []
+        for entry in list(entries):
+            if entry.finish is None and entry.sent:
+                keys.append(entry.key)
+            elif entry.finish is None:
+                self._end(entry, _ABORTED_WAITING, "scheduler")
+        if keys:
+            self._send(Abort(keys))
+
+    def forget(self, entries: Iterable[Entry]) -> None:
+        """Abort `entries` and drop them: nobody waits for them any more."""
+        gone = [entry for entry in entries if self._drop(entry)]
+        keys = [entry.key for entry in gone if entry.sent]
+        if keys:
+            self._send(Abort(keys))
+
+    def match(self, prefix: str | None) -> list[Entry]:
+        """Clients' entries whose rid, or the rid they were asked under, starts with `prefix` (None: all)."""
+        entries = [entry for entry in self._entries.values() if not entry.probe]
+        if prefix is None:
+            return entries
+        return [
+            entry
+            for entry in entries
+            if entry.generate.rid.startswith(prefix) or (entry.asked_rid or "").startswith(prefix)
+        ]
+
+    def end_all(self, finish: Finish) -> None:
+        """End every entry here and now with `finish`: the rest of the server does not answer any more."""
+        for entry in list(self._entries.values()):
+            self._end(entry, finish, "scheduler")
+
+    def accepted(self, message: Accepted) -> None:
+        entry = self._entries.get(message.key)
+        if entry is not None and entry.attempt == message.attempt:
+            entry.prompt_ids = message.input_ids
+            entry.prompt_tokens = len(message.input_ids) // 4
+
+    def ended(self, message: Ended) -> None:
+        entry = self._entries.get(message.key)
+        if entry is not None and entry.attempt == message.attempt:
+            self._end(entry, message.finish, message.origin)
+
+    def text_step(self, step: TextStep) -> None:
+        """Apply a step's columns. Rows of unknown keys and of older attempts are skipped."""
+        entries = self._entries
+        for begun in step.begun:
+            entry = entries.get(begun.key)
+            if entry is None or entry.attempt != begun.attempt:
+                continue
+            if begun.texts:
+                entry.logprob_texts.update(begun.texts)
+            if begun.attempt == 0 or not entry.output_ids:
+                entry.prompt_tokens = begun.prompt_tokens
+                entry.cached_tokens = begun.cached_tokens
+                entry.input_logprobs = begun.input_logprobs
+        if step.retracted:
+            for key, times in step.retracted.items():
+                if key in entries:
+                    entries[key].retractions = times
+        finished = step.finished
+        logprobs = step.logprobs
+        row = -1
+        for key, attempt, text, token in zip(step.keys, step.attempts, step.texts, step.tokens, strict=True):
+            row += 1
+            entry = entries.get(key)
+            if entry is None or entry.attempt != attempt:
+                continue
+            if text:
+                entry.texts.append(text)
+            output_ids = entry.output_ids
+            if token >= 0:
+                output_ids.append(token)
+            if logprobs and row in logprobs:
+                entry.logprobs.append(logprobs[row])
+                if row in step.logprob_texts:
+                    entry.logprob_texts.update(step.logprob_texts[row])
+            if finished and row in finished:
+                self._end(entry, finished[row], "scheduler")
+            elif len(output_ids) >= entry.due:
+                entry.notify(entry)
+
+    def _dispatch(self, entries: Iterable[Entry]) -> None:
+        for entry in entries:
+            entry.sent = True
+            self._send(entry.generate)
+
+    def _end(self, entry: Entry, finish: Finish, origin: str) -> None:
+        if not self._drop(entry):
+            return
+        entry.finish = finish
+        entry.origin = origin
+        entry.finished = time.perf_counter()
+        followers = [follower for follower in entry.followers if follower.key in self._entries]
+        if finish.kind == "abort":
+            for follower in followers:
+                follower.prompt_ids, follower.prompt_tokens = entry.prompt_ids, entry.prompt_tokens
+                self._end(follower, finish, origin)
+        else:
+            self._dispatch(followers)
+        entry.notify(entry)
+
+    def _drop(self, entry: Entry) -> bool:
+        """Take `entry` out; false when it was out already."""
+        if self._entries.pop(entry.key, None) is None:
+            return False
+        if self._rids.get(entry.generate.rid) is entry:
+            del self._rids[entry.generate.rid]
+        if not entry.probe:
+            self._clients -= 1
+            if self._clients == 0 and self.on_idle is not None:
+                self.on_idle()
+        return True
+
+
+def nothing_to_do(entry: Any) -> None:
+    """`notify` of an entry whose end concerns only its followers."""

@@ -1,0 +1,87 @@
+"""Signs of life: one-token probes through the whole ring, and the warm-up (contract §1.1, §3.3)."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from array import array
+
+from engine.wire.sampling import Sampling, TextOptions
+from engine.wire.to_tokenizer import Generate
+from http_frontend.environment import number
+from http_frontend.journal import Entry
+from http_frontend.ring import Ring
+
+_WARM_UP_TOKENS = 8
+_WARM_UP_SECONDS = 600.0
+
+
+class WarmUpError(RuntimeError):
+    """The warm-up request was refused, failed or took too long."""
+
+
+class Pulse:
+    """The scheduler's signs of life. However many ask at once, one probe at most is on the ring."""
+
+    def __init__(self, ring: Ring, loop: asyncio.AbstractEventLoop) -> None:
+        self._ring = ring
+        self._loop = loop
+        self._next_beat: asyncio.Future[None] | None = None
+        self._probing = False
+
+    def beat(self) -> None:
+        """A message of the scheduler has come."""
+        if self._next_beat is not None:
+            self._next_beat.set_result(None)
+            self._next_beat = None
+
+    async def felt_within(self, seconds: float) -> bool:
+        """Probe, and wait for any message of the scheduler."""
+        if self._next_beat is None:
+            self._next_beat = self._loop.create_future()
+        if not self._probing:
+            self._probing = True
+            message = probe_message(self._ring.next_key(), "HEALTH_CHECK", None, 1)
+            self._ring.journal.submit([Entry(message, self._probed, probe=True)])
+        done, _ = await asyncio.wait({self._next_beat}, timeout=seconds)
+        return bool(done)
+
+    def _probed(self, _entry: Entry) -> None:
+        self._probing = False
+
+
+def probe_message(key: int, kind: str, text: str | None, max_new_tokens: int) -> Generate:
+    """A greedy request of the server's own, for `text` or for the ids [0]; its rid starts with `kind`."""
+    return Generate(
+        key=key,
+        attempt=0,
+        rid=f"{kind}_{uuid.uuid4().hex}",
+        text=text,
+        input_ids=array("i", [0]).tobytes() if text is None else None,
+        output_ids=b"",
+        sampling=Sampling(max_new_tokens=max_new_tokens, temperature=0.0),
+        text_options=TextOptions(),
+        logprobs=None,
+    )
+
+
+async def warm_up(ring: Ring, loop: asyncio.AbstractEventLoop, *, with_text: bool) -> None:
+    """Run one request of 8 tokens through the ring. Raises `WarmUpError`."""
+    ended: asyncio.Future[None] = loop.create_future()
+
+    def notify(_entry: Entry) -> None:
+        if not ended.done():
+            ended.set_result(None)
+
+    text = "The capital city of France is" if with_text else None
+    entry = Entry(probe_message(ring.next_key(), "WARM_UP", text, _WARM_UP_TOKENS), notify, probe=True)
+    ring.journal.submit([entry])
+    given = number("WARMUP_TIMEOUT", -1)
+    seconds = given if given > 0 else _WARM_UP_SECONDS
+    try:
+        async with asyncio.timeout(seconds):
+            await ended
+    except TimeoutError:
+        raise WarmUpError(f"the warm-up request has not ended within {seconds:g} s") from None
+    if entry.finish is None or entry.finish.kind == "abort":
+        raise WarmUpError(f"the warm-up request failed: {entry.finish}")

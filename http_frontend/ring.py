@@ -1,0 +1,135 @@
+"""The frontend's sockets: what comes off the ring goes into the journal or to the call that waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import zmq
+
+from engine.wire.lifecycle import Drain, Serving, ToLauncher, Warm
+from engine.wire.sockets import Inbox, Outbox
+from engine.wire.to_detokenizer import Detokenize, ToDetokenizer
+from engine.wire.to_frontend import (
+    Accepted,
+    Detokenized,
+    Ended,
+    Flushed,
+    State,
+    TextStep,
+    ToFrontend,
+    Tokenized,
+)
+from engine.wire.to_scheduler import FlushCache, QueryState
+from engine.wire.to_tokenizer import Tokenize, ToTokenizer
+from http_frontend.journal import Journal
+
+log = logging.getLogger(__name__)
+
+Answer = Flushed | State | Tokenized | Detokenized
+A = TypeVar("A", bound=Answer)
+
+
+class Ring:
+    """All sockets of the frontend. To be made and used on one event loop.
+
+    on_scheduler: called after any message that the scheduler has caused. on_serving, on_drain: the launcher's word.
+    on_failure: called when a message cannot be read or applied, which is a bug: nothing can be trusted any more.
+    """
+
+    def __init__(self, context: zmq.Context[Any], runtime_dir: str) -> None:
+        self._inbox: Inbox[ToFrontend] = Inbox(context, runtime_dir, "frontend", ToFrontend)
+        self._tokenizer: Outbox[ToTokenizer] = Outbox(context, runtime_dir, "tokenizer")
+        self._detokenizer: Outbox[ToDetokenizer] = Outbox(context, runtime_dir, "detokenizer")
+        self._launcher: Outbox[ToLauncher] = Outbox(context, runtime_dir, "launcher")
+        self._waiting: dict[int, asyncio.Future[Answer]] = {}
+        # Keys must not repeat even when this process has died and come back: the other processes remember the old.
+        self._next_key = (time.time_ns() // 1_000_000) << 20
+        self.journal = Journal(self._tokenizer.send)
+        self.on_scheduler: Callable[[], None] = _ignore
+        self.on_serving: Callable[[Serving], None] = _ignore
+        self.on_drain: Callable[[Drain], None] = _ignore
+        self.on_failure: Callable[[BaseException], None] = _ignore
+
+    def next_key(self) -> int:
+        """A number that no item and no control call has had."""
+        self._next_key += 1
+        return self._next_key
+
+    def open(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Begin to read. Messages that are there already are read at once: the descriptor is edge-triggered."""
+        self._loop = loop
+        loop.add_reader(self._inbox.fileno(), self._read)
+        loop.call_soon(self._read)
+
+    def close(self) -> None:
+        """Stop reading and close the sockets."""
+        self._loop.remove_reader(self._inbox.fileno())
+        self._inbox.close()
+        for outbox in (self._tokenizer, self._detokenizer, self._launcher):
+            outbox.close()
+
+    def tell_warm(self) -> None:
+        """Tell the launcher that `/health` is 200 from now on."""
+        self._launcher.send(Warm())
+
+    async def ask(self, message: Tokenize | FlushCache | QueryState | Detokenize, answer: type[A]) -> A:
+        """Send a control message and wait for its answer, as long as it takes."""
+        future: asyncio.Future[Answer] = self._loop.create_future()
+        self._waiting[message.key] = future
+        try:
+            if isinstance(message, Detokenize):
+                self._detokenizer.send(message)
+            else:
+                self._tokenizer.send(message)
+            reply = await future
+        finally:
+            del self._waiting[message.key]
+        if not isinstance(reply, answer):
+            raise TypeError(f"{type(message).__name__} was answered by {type(reply).__name__}")
+        return reply
+
+    def _read(self) -> None:
+        try:
+            while messages := self._inbox.drain():
+                if len(messages) > 1:
+                    # An acceptance takes another way than the request's tokens and may lie behind them.
+                    messages.sort(key=_is_not_acceptance)
+                for message in messages:
+                    self._apply(message)
+        except BaseException as error:
+            self.on_failure(error)
+            raise
+
+    def _apply(self, message: ToFrontend) -> None:
+        match message:
+            case TextStep():
+                self.journal.text_step(message)
+                self.on_scheduler()
+            case Accepted():
+                self.journal.accepted(message)
+            case Ended():
+                self.journal.ended(message)
+                if message.origin == "scheduler":
+                    self.on_scheduler()
+            case Flushed() | State() | Tokenized() | Detokenized():
+                future = self._waiting.get(message.key)
+                if future is not None and not future.done():
+                    future.set_result(message)
+                if isinstance(message, Flushed | State):
+                    self.on_scheduler()
+            case Serving():
+                self.on_serving(message)
+            case Drain():
+                self.on_drain(message)
+
+
+def _is_not_acceptance(message: ToFrontend) -> bool:
+    return not isinstance(message, Accepted)
+
+
+def _ignore(*_args: object) -> None:
+    return None

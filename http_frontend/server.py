@@ -1,0 +1,97 @@
+"""Uvicorn on the listening socket that the launcher has opened."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Callable, Iterator
+
+import uvicorn
+import uvloop
+import zmq
+
+from engine.config import RunConfig, ServerConfig
+from engine.wire.process import report_ready
+from http_frontend.app import build_app
+from http_frontend.environment import number
+from http_frontend.frontend import Frontend
+
+_CLOSING_SECONDS = 5
+"""Time that connections get, once nothing is in flight, to take what was sent to them."""
+
+
+def serve(run: RunConfig, listener: socket.socket) -> None:
+    """Serve until the launcher's `Drain` has been carried out. Raises what broke the frontend, if something did."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner, zmq.Context() as context:
+        runner.run(_serve(run, listener, context))
+
+
+class _Server(uvicorn.Server):
+    """Signals are the launcher's business: it drains this process by message."""
+
+    def __init__(self, config: uvicorn.Config, on_started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_started = on_started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_started()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def _serve(run: RunConfig, listener: socket.socket, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    frontend = Frontend(run, context)
+    frontend.start(asyncio.get_running_loop())
+    config = _uvicorn_config(run.server, frontend)
+    server = _Server(config, lambda: report_ready(context, run, "frontend"))
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        await asyncio.wait({frontend.ended, serving}, return_when=asyncio.FIRST_COMPLETED)
+        server.should_exit = True
+        await serving
+        if frontend.ended.done():
+            frontend.ended.result()
+    finally:
+        frontend.ring.close()
+
+
+def _uvicorn_config(server: ServerConfig, frontend: Frontend) -> uvicorn.Config:
+    _set_up_access_log(server)
+    return uvicorn.Config(
+        build_app(frontend),
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level=None,
+        access_log=logging.getLogger("uvicorn.access").isEnabledFor(logging.INFO),
+        server_header=False,
+        backlog=2048,
+        timeout_keep_alive=int(number("TIMEOUT_KEEP_ALIVE", 5)),
+        timeout_graceful_shutdown=_CLOSING_SECONDS,
+        ssl_keyfile=server.ssl_keyfile,
+        ssl_certfile=server.ssl_certfile,
+        ssl_ca_certs=server.ssl_ca_certs,
+        ssl_keyfile_password=server.ssl_keyfile_password,
+    )
+
+
+def _set_up_access_log(server: ServerConfig) -> None:
+    """The access log has a level of its own, and leaves out the paths that the user does not want to see."""
+    logger = logging.getLogger("uvicorn.access")
+    logger.setLevel((server.log_level_http or server.log_level).upper())
+    excluded = tuple(server.uvicorn_access_log_exclude_prefixes)
+    if excluded:
+        logger.addFilter(lambda record: not _path_of(record).startswith(excluded))
+    # Its start and stop lines say what the launcher says better.
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+
+
+def _path_of(record: logging.LogRecord) -> str:
+    """The path of an access record, whose arguments are (client, method, path, HTTP version, status)."""
+    return str(record.args[2]) if isinstance(record.args, tuple) and len(record.args) > 2 else ""
