@@ -1,4 +1,5 @@
-"""Settings from the environment. Each `SGLANG_NAME` that the contract lists has a `TOKENMILL_NAME` twin that wins."""
+"""Settings from the environment. Each `SGLANG_NAME` (or `SGL_NAME`) that the contract lists has a `TOKENMILL_NAME`
+twin that wins."""
 
 from __future__ import annotations
 
@@ -6,8 +7,9 @@ import os
 
 
 def setting(name: str) -> str | None:
-    """Value of TOKENMILL_{name}, else of SGLANG_{name}, else None. An empty value counts as unset."""
-    return os.environ.get(f"TOKENMILL_{name}") or os.environ.get(f"SGLANG_{name}") or None
+    """Value of TOKENMILL_{name}, else of SGLANG_{name}, SGL_{name}, else None. An empty value counts as unset."""
+    values = (os.environ.get(prefix + name) for prefix in ("TOKENMILL_", "SGLANG_", "SGL_"))
+    return next((value for value in values if value), None)
 
 
 def switch(name: str, default: bool = False) -> bool:

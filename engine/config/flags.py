@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 
@@ -17,6 +18,7 @@ class Flag:
     parse: turns the typed word into the value; None means by the field's type.
     choices: allowed words, when they are few.
     metavar: placeholder in `--help`.
+    minimum, maximum: least and greatest allowed number, both themselves allowed.
     """
 
     help: str
@@ -24,6 +26,8 @@ class Flag:
     parse: Callable[[str], Any] | None = None
     choices: tuple[str, ...] | None = None
     metavar: str | None = None
+    minimum: int | None = None
+    maximum: int | None = None
 
 
 _DECIMAL = {"k": 10**3, "M": 10**6, "G": 10**9}
@@ -41,12 +45,12 @@ def token_count(word: str) -> int:
                 return int(word.removesuffix(suffix)) * factor
         for suffix, factor in _DECIMAL.items():
             if word.endswith(suffix):
-                value = float(word.removesuffix(suffix)) * factor
+                value = Decimal(word.removesuffix(suffix)) * factor
                 if value != int(value):
                     raise ValueError
                 return int(value)
         return int(word)
-    except ValueError:
+    except (ValueError, ArithmeticError):
         raise ValueError(f"{word!r} is not a token count (4096, 25.6k, 1M, 32Ki, 1Mi)") from None
 
 

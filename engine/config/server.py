@@ -29,9 +29,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = "auto"
     quantization: Annotated[str | None, Flag("quantisation method; none is supported yet beyond GGUF files")] = None
     context_length: Annotated[
-        int | None, Flag("most prompt + output tokens of a request", parse=token_count, metavar="N")
+        int | None, Flag("most prompt + output tokens of a request", parse=token_count, metavar="N", minimum=1)
     ] = None
-    is_embedding: Annotated[bool, Flag("serve a causal model as an embedding model")] = False
+    is_embedding: Annotated[bool, Flag("serve a causal model as an embedding model; not built yet")] = False
     revision: Annotated[str | None, Flag("hub revision")] = None
     json_model_override_args: Annotated[
         dict[str, Any], Flag("JSON object merged over the model's config.json", parse=json_object, metavar="JSON")
@@ -53,7 +53,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     # HTTP server and API behaviour
     host: Annotated[str, Flag("listening address")] = "127.0.0.1"
-    port: Annotated[int, Flag("listening port; 0: any free one")] = 30000
+    port: Annotated[int, Flag("listening port; 0: any free one", minimum=0, maximum=65535)] = 30000
     fastapi_root_path: Annotated[str, Flag("path prefix when behind a proxy")] = ""
     skip_server_warmup: Annotated[bool, Flag("send no warm-up request at start")] = False
     api_key: Annotated[str | None, Flag("bearer token of all routes but the exempt ones")] = None
@@ -66,7 +66,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         dict[str, Any] | None,
         Flag("JSON object of sampling defaults, laid under each request's own", parse=json_object, metavar="JSON"),
     ] = None
-    stream_interval: Annotated[int, Flag("send a chunk every N tokens")] = 1
+    stream_interval: Annotated[int, Flag("send a chunk every N tokens", minimum=1)] = 1
     incremental_streaming_output: Annotated[bool, Flag("streamed text, ids and logprobs are deltas")] = False
     allow_auto_truncate: Annotated[bool, Flag("cut over-long requests instead of refusing them")] = False
 
@@ -74,16 +74,18 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     mem_fraction_static: Annotated[
         float | None, Flag("share of the free memory that weights and KV pool may take, in (0, 1)")
     ] = None
-    max_running_requests: Annotated[int | None, Flag("most requests that run at once")] = None
-    max_queued_requests: Annotated[int | None, Flag("most requests that wait; beyond it 503")] = None
-    max_total_tokens: Annotated[int | None, Flag("KV pool size in tokens", parse=token_count, metavar="N")] = None
+    max_running_requests: Annotated[int | None, Flag("most requests that run at once", minimum=1)] = None
+    max_queued_requests: Annotated[int | None, Flag("most requests that wait; beyond it 503", minimum=1)] = None
+    max_total_tokens: Annotated[
+        int | None, Flag("KV pool size in tokens", parse=token_count, metavar="N", minimum=1)
+    ] = None
     chunked_prefill_size: Annotated[
-        int | None, Flag("most prompt tokens of a step; -1: no chunking", parse=token_count, metavar="N")
+        int | None, Flag("most prompt tokens of a step; -1: no chunking", parse=token_count, metavar="N", minimum=-1)
     ] = None
     max_prefill_tokens: Annotated[
-        int, Flag("most prompt tokens of a step when prompts are not chunked", parse=token_count, metavar="N")
+        int, Flag("prompt tokens of a step when prompts are not chunked", parse=token_count, metavar="N", minimum=1)
     ] = 16384
-    prefill_max_requests: Annotated[int | None, Flag("most requests that prefill in one step")] = None
+    prefill_max_requests: Annotated[int | None, Flag("most requests that prefill in one step", minimum=1)] = None
     schedule_policy: Annotated[
         str,
         Flag(
@@ -104,20 +106,24 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     page_size: Annotated[int | None, Flag("tokens per KV page; only 1")] = None
     enable_priority_scheduling: Annotated[bool, Flag("order waiting requests by their priority")] = False
     schedule_low_priority_values_first: Annotated[bool, Flag("a smaller priority goes first")] = False
-    default_priority_value: Annotated[int | None, Flag("priority of requests that name none")] = None
+    default_priority_value: Annotated[
+        int | None, Flag("priority of requests that name none", minimum=-(2**63), maximum=2**63 - 1)
+    ] = None
     abort_on_priority_when_disabled: Annotated[
         bool, Flag("503 for a request with a priority while priorities are off")
     ] = False
     disable_radix_cache: Annotated[bool, Flag("no prefix reuse")] = False
 
     # Parallelism and devices
-    tp_size: Annotated[int, Flag("tensor-parallel ranks", names=("--tp-size", "--tensor-parallel-size", "--tp"))] = 1
-    nnodes: Annotated[int, Flag("number of machines")] = 1
-    node_rank: Annotated[int, Flag("number of this machine")] = 0
+    tp_size: Annotated[
+        int, Flag("tensor-parallel ranks; only 1 so far", names=("--tp-size", "--tensor-parallel-size", "--tp"))
+    ] = 1
+    nnodes: Annotated[int, Flag("number of machines; only 1 so far")] = 1
+    node_rank: Annotated[int, Flag("number of this machine; only 0 so far")] = 0
     dist_init_addr: Annotated[
         str | None, Flag("host:port of rank 0's rendezvous", names=("--dist-init-addr", "--nccl-init-addr"))
     ] = None
-    device: Annotated[str, Flag("where the model runs", choices=("auto", "cpu", "cuda"))] = "auto"
+    device: Annotated[str, Flag("where the model runs; so far cpu", choices=("auto", "cpu", "cuda"))] = "auto"
     pp_size: Annotated[int, Flag("pipeline-parallel size; only 1", names=("--pp-size", "--pipeline-parallel-size"))] = 1
     dp_size: Annotated[int, Flag("data-parallel size; only 1", names=("--dp-size", "--data-parallel-size"))] = 1
     ep_size: Annotated[
@@ -127,11 +133,11 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     # Kernels and numerics
     attention_backend: Annotated[str | None, Flag("attention kernels: triton, torch_native")] = None
-    grammar_backend: Annotated[str, Flag("engine of constrained output; none: refuse it")] = "xgrammar"
-    random_seed: Annotated[int | None, Flag("seed of the server's own randomness")] = None
+    grammar_backend: Annotated[str, Flag("engine of constrained output; not built yet: it is refused")] = "xgrammar"
+    random_seed: Annotated[int | None, Flag("seed of the server's own randomness", minimum=0, maximum=2**63 - 1)] = None
     enable_deterministic_inference: Annotated[bool, Flag("accepted: Tokenmill is always deterministic")] = False
     disable_cuda_graph: Annotated[bool, Flag("no CUDA graphs; no effect on a CPU")] = False
-    cpu_threads: Annotated[int | None, Flag("threads of the model on a CPU; default: one a core")] = None
+    cpu_threads: Annotated[int | None, Flag("threads of the model on a CPU; default: one a core", minimum=1)] = None
 
     # Logging and supervision
     log_level: Annotated[
@@ -144,5 +150,5 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     uvicorn_access_log_exclude_prefixes: Annotated[
         list[str], Flag("path prefixes that are not access-logged", metavar="PREFIX")
     ] = []
-    decode_log_interval: Annotated[int, Flag("decode steps between throughput log lines")] = 40
-    drain_timeout: Annotated[float, Flag("seconds that running requests get after SIGTERM")] = 30.0
+    decode_log_interval: Annotated[int, Flag("decode steps between throughput log lines", minimum=1)] = 40
+    drain_timeout: Annotated[float, Flag("seconds that running requests get after SIGTERM", minimum=0)] = 30.0

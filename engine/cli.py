@@ -1,0 +1,39 @@
+"""The command `tokenmill`."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+
+import engine
+
+# What a command needs is imported when it runs: `--help` and a mistyped flag answer at once.
+
+
+def serve(words: Sequence[str]) -> int:
+    """Serve a language model over HTTP."""
+    from engine.config.command_line import parse_serve, shown_command
+
+    command = parse_serve(words)
+    from engine.launcher.serve import serve as launch
+
+    return launch(command.config, shlex.join(shown_command(["tokenmill", "serve", *words])), command.warnings)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"serve": serve}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command of COMMANDS; returns its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="tokenmill",
+        epilog="tokenmill COMMAND --help lists the flags of a command",
+        description="; ".join(f"{name}: {command.__doc__}" for name, command in COMMANDS.items()),
+    )
+    parser.add_argument("--version", action="version", version=f"tokenmill {engine.__version__}")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
+    chosen: str = parser.parse_args(words[:1]).command
+    return COMMANDS[chosen](words[1:])

@@ -1,0 +1,150 @@
+"""Which settings can be served: ranges, settings that exclude each other, and what is not built yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from engine.config.fields import ConfigField, config_fields
+from engine.config.server import ConfigError, ServerConfig
+
+SERVED_POLICIES = ("fcfs", "lpm")
+SERVED_ATTENTION_BACKENDS = ("triton", "torch_native")
+OTHER_ATTENTION_BACKENDS = (
+    "aiter", "ascend", "cutlass_mla", "dual_chunk_flash_attn", "fa3", "fa4", "flashinfer", "flashmla", "flex_attention",
+    "intel_amx", "intel_xpu", "nsa", "trtllm_mha", "trtllm_mla", "wave",
+)  # fmt: skip
+SERVED_GRAMMAR_BACKENDS = ("xgrammar", "none")
+OTHER_GRAMMAR_BACKENDS = ("outlines", "llguidance")
+
+_ONLY: tuple[tuple[str, Any, str], ...] = (
+    ("page_size", (None, 1), "pages of more than one token are not supported; only 1 is"),
+    ("tp_size", (1,), "tensor parallelism is not built yet; only 1 is supported"),
+    ("nnodes", (1,), "serving on several machines is not built yet; only 1 is supported"),
+    ("node_rank", (0,), "serving on several machines is not built yet; only 0 is supported"),
+    ("pp_size", (1,), "pipeline parallelism is not supported; only 1 is"),
+    ("dp_size", (1,), "data parallelism inside a server is not supported; only 1 is"),
+    ("ep_size", (1,), "expert parallelism is not supported; only 1 is"),
+    ("disaggregation_mode", ("null",), "splitting prefill from decode is not supported; only null is"),
+    ("quantization", (None,), "no method is supported; GGUF files carry their own"),
+    ("device", ("auto", "cpu"), "the model runs only on the CPU so far; auto and cpu are supported"),
+    ("is_embedding", (False,), "embeddings are not built yet"),
+)  # fmt: skip
+"""Field, the values that can be served, and what to say of any other."""
+
+_TLS_NEEDS_CERTIFICATE = ("ssl_keyfile", "ssl_ca_certs", "ssl_keyfile_password")
+_NOT_EMPTY = ("model_path", "tokenizer_path", "host", "api_key", "admin_api_key", "served_model_name")
+
+
+def check_config(config: ServerConfig) -> list[str]:
+    """Check the settings as far as that is possible without looking at the model.
+
+    Returns warnings, one for each setting that has no effect. Raises ConfigError, which names the flag, the value and
+    what is allowed.
+    """
+    fields = {field.name: field for field in config_fields()}
+    for check in (_check_words, _check_numbers, _check_built, _check_names, _check_tls):
+        check(config, fields)
+    return list(_without_effect(config))
+
+
+def _refuse(field: ConfigField, value: Any, reason: str) -> ConfigError:
+    return ConfigError(f"argument {field.flag}: {value!r}: {reason}")
+
+
+def _check_words(config: ServerConfig, fields: dict[str, ConfigField]) -> None:
+    for field in fields.values():
+        value = getattr(config, field.name)
+        if field.options.choices is not None and value is not None and value not in field.options.choices:
+            raise _refuse(field, value, f"allowed are {', '.join(field.options.choices)}")
+    _check_backend(
+        fields["attention_backend"],
+        config.attention_backend,
+        (*SERVED_ATTENTION_BACKENDS, *OTHER_ATTENTION_BACKENDS),
+    )
+    _check_backend(
+        fields["grammar_backend"], config.grammar_backend, (*SERVED_GRAMMAR_BACKENDS, *OTHER_GRAMMAR_BACKENDS)
+    )
+
+
+def _check_backend(field: ConfigField, value: str | None, known: tuple[str, ...]) -> None:
+    if value is not None and value not in known:
+        raise _refuse(field, value, f"no such backend; known are {', '.join(known)}")
+
+
+def _check_numbers(config: ServerConfig, fields: dict[str, ConfigField]) -> None:
+    for field in fields.values():
+        value, low, high = getattr(config, field.name), field.options.minimum, field.options.maximum
+        if value is None or (low is None and high is None):
+            continue
+        if not (low is None or value >= low) or not (high is None or value <= high):
+            raise _refuse(field, value, f"must be {_range(low, high)}")
+    share = config.mem_fraction_static
+    if share is not None and not 0.0 < share < 1.0:
+        raise _refuse(fields["mem_fraction_static"], share, "must be greater than 0 and less than 1")
+    if config.chunked_prefill_size == 0:
+        raise _refuse(fields["chunked_prefill_size"], 0, "must be at least 1, or -1 for no chunking")
+    if config.drain_timeout == float("inf"):
+        raise _refuse(fields["drain_timeout"], config.drain_timeout, "must be finite")
+
+
+def _range(low: int | None, high: int | None) -> str:
+    if high is None:
+        return f"at least {low}"
+    return f"at most {high}" if low is None else f"from {low} to {high}"
+
+
+def _check_built(config: ServerConfig, fields: dict[str, ConfigField]) -> None:
+    for name, allowed, reason in _ONLY:
+        value = getattr(config, name)
+        if value not in allowed:
+            raise _refuse(fields[name], value, reason)
+
+
+def _check_names(config: ServerConfig, fields: dict[str, ConfigField]) -> None:
+    for name in _NOT_EMPTY:
+        if getattr(config, name) == "":
+            raise _refuse(fields[name], "", "must not be empty")
+    if ":" in (config.served_model_name or ""):
+        raise _refuse(fields["served_model_name"], config.served_model_name, "must not contain a colon")
+    if config.fastapi_root_path and not config.fastapi_root_path.startswith("/"):
+        raise _refuse(fields["fastapi_root_path"], config.fastapi_root_path, "must begin with a slash")
+
+
+def _check_tls(config: ServerConfig, fields: dict[str, ConfigField]) -> None:
+    if config.ssl_certfile is not None:
+        if config.ssl_keyfile is None:
+            raise _refuse(fields["ssl_certfile"], config.ssl_certfile, "needs --ssl-keyfile beside it")
+        return
+    for name in _TLS_NEEDS_CERTIFICATE:
+        if getattr(config, name) is not None:
+            raise _refuse(fields[name], "..." if "password" in name else getattr(config, name), "needs --ssl-certfile")
+
+
+def _without_effect(config: ServerConfig) -> Iterator[str]:
+    """What is accepted for the sake of launch scripts though it changes nothing."""
+    rules: tuple[tuple[str, Any, Callable[[Any], bool], str], ...] = (
+        (
+            "--schedule-policy", config.schedule_policy, lambda value: value not in SERVED_POLICIES,
+            "requests are taken first come first served (fcfs and lpm are served)",
+        ),
+        (
+            "--attention-backend", config.attention_backend, lambda value: value in OTHER_ATTENTION_BACKENDS,
+            "attention runs on torch",
+        ),
+        (
+            "--attention-backend", config.attention_backend, lambda value: value == "triton",
+            "its kernels need a GPU; attention runs on torch",
+        ),
+        (
+            "--grammar-backend", config.grammar_backend, lambda value: value in OTHER_GRAMMAR_BACKENDS,
+            "constrained output is not built yet",
+        ),
+        (
+            "--dist-init-addr", config.dist_init_addr, lambda value: value is not None,
+            "one machine needs no rendezvous",
+        ),
+    )  # fmt: skip
+    for flag, value, without_effect, reason in rules:
+        if without_effect(value):
+            yield f"{flag} {value} has no effect: {reason}"

@@ -1,0 +1,1 @@
+"""Starts the processes of a server, watches over them, and ends them."""

@@ -1,0 +1,113 @@
+"""The processes of the tree: starting them, and passing on what they write."""
+
+from __future__ import annotations
+
+import os
+import signal
+import site
+import socket
+import subprocess
+import sys
+import sysconfig
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import engine
+
+TAIL_LINES = 30
+_CHUNK = 1 << 16
+
+
+@dataclass(frozen=True)
+class Program:
+    """One process of the tree.
+
+    name: of its inbox. title: as it is shown. module: what `python -m` runs. arguments: behind `--config FILE`.
+    listens: it is given the listening socket, as `--fd N`.
+    """
+
+    name: str
+    title: str
+    module: str
+    arguments: tuple[str, ...] = ()
+    listens: bool = False
+
+
+PROGRAMS = (
+    Program("scheduler", "scheduler tp0", "scheduler_proc", ("--rank", "0")),
+    Program("tokenizer", "tokenizer", "tokenizer_proc"),
+    Program("detokenizer", "detokenizer", "detokenizer_proc"),
+    Program("frontend", "frontend", "http_frontend", listens=True),
+)
+"""In the order of starting: the slowest to load first."""
+
+
+@dataclass
+class Child:
+    """A process that was started. Both its stdout and stderr go into `output`, a pipe read without blocking."""
+
+    program: Program
+    process: subprocess.Popen[bytes]
+    output: int
+    tail: deque[str] = field(default_factory=lambda: deque(maxlen=TAIL_LINES))
+    _unfinished: bytes = b""
+
+    def read(self) -> tuple[bytes, bool]:
+        """The whole lines that have come (as bytes), and whether the pipe has ended."""
+        chunks, ended = [self._unfinished], False
+        while not ended:
+            try:
+                chunk = os.read(self.output, _CHUNK)
+            except BlockingIOError:
+                break
+            chunks.append(chunk)
+            ended = not chunk
+        arrived = b"".join(chunks)
+        # A carriage return ends a state of a progress bar, which is shown when the next one begins.
+        end = len(arrived) if ended else max(arrived.rfind(b"\n"), arrived.rfind(b"\r")) + 1
+        whole, self._unfinished = arrived[:end], arrived[end:]
+        self.tail.extend(line for line in whole.decode(errors="replace").splitlines() if line.strip())
+        return whole, ended
+
+    def describe_end(self) -> str:
+        """How it ended, which must have happened: `scheduler tp0 (pid 7) was killed by SIGKILL`."""
+        code = self.process.returncode
+        how = f"exited with code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
+        return f"{self.program.title} (pid {self.process.pid}) {how}"
+
+
+def start_child(program: Program, config_file: Path, listener: socket.socket) -> Child:
+    """Start `program` in a session of its own, so that Ctrl-C in the terminal reaches the launcher alone.
+
+    It inherits the listening socket if it is to have it, and no other descriptor.
+    """
+    # -P: the working folder is no place to import from; a folder named `engine` may lie in it.
+    command = [sys.executable, "-P", "-m", program.module, "--config", str(config_file), *program.arguments]
+    inherited: tuple[int, ...] = ()
+    if program.listens:
+        inherited = (listener.fileno(),)
+        command += ["--fd", str(listener.fileno())]
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=_environment(),
+        start_new_session=True,
+        pass_fds=inherited,
+    )
+    assert process.stdout is not None
+    output = process.stdout.fileno()
+    os.set_blocking(output, False)
+    return Child(program, process, output)
+
+
+def _environment() -> dict[str, str]:
+    """This process's environment, in which the packages beside `engine` are found by every child."""
+    root = str(Path(engine.__file__).parents[1])
+    installed = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages()}
+    if root in installed:
+        return dict(os.environ)
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}

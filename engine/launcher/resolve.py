@@ -1,0 +1,115 @@
+"""What is decided before the first process starts: where the model lies, and what the settings left open."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from engine.checkpoints.locate import locate, locate_tokenizer
+from engine.checkpoints.model_config import ModelConfig
+from engine.checkpoints.read_config import read_model_config
+from engine.checkpoints.tokenizer import read_eos_ids
+from engine.config import ConfigError, ModelFacts, ModelSource, ServerConfig
+from engine.config.checks import SERVED_POLICIES
+from engine.config.environment import switch
+
+_DTYPES = {"half": "float16", "float": "float32"}
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A launch: settings in which None means that only the scheduler can decide, the model, and its tokenizer."""
+
+    server: ServerConfig
+    model: ModelSource
+    tokenizer: ModelSource | None
+    facts: ModelFacts
+    warnings: list[str]
+
+
+def resolve(config: ServerConfig) -> Resolved:
+    """Find the model (this may download it) and decide what `config` leaves open.
+
+    Neither torch nor transformers is imported. Raises CheckpointError when the model or its tokenizer cannot be found
+    or read, ConfigError when a setting does not fit it.
+    """
+    _check_files(config)
+    model = locate(config.model_path, revision=config.revision, download_dir=config.download_dir)
+    tokenizer = None
+    if not config.skip_tokenizer_init:
+        tokenizer = locate_tokenizer(
+            config.tokenizer_path, model, revision=config.revision, download_dir=config.download_dir
+        )
+    model_config = read_model_config(model, config.json_model_override_args)
+    context_length, warnings = _context_length(config, model_config)
+    facts = ModelFacts(
+        architectures=[model_config.architecture],
+        model_type=model_config.model_type,
+        vocab_size=model_config.vocab_size,
+        context_length=context_length,
+        is_generation=not config.is_embedding,
+        eos_ids=_eos_ids(model_config, tokenizer),
+    )
+    return Resolved(_filled_in(config, model, context_length), model, tokenizer, facts, warnings)
+
+
+def _check_files(config: ServerConfig) -> None:
+    """Raise ConfigError for a file that is named and not there, before anything is loaded or downloaded."""
+    for flag, name in (
+        ("--chat-template", config.chat_template),
+        ("--ssl-keyfile", config.ssl_keyfile),
+        ("--ssl-certfile", config.ssl_certfile),
+        ("--ssl-ca-certs", config.ssl_ca_certs),
+    ):
+        if name is not None and not Path(name).is_file():
+            raise ConfigError(f"argument {flag}: {name!r}: there is no such file")
+
+
+def _context_length(config: ServerConfig, model: ModelConfig) -> tuple[int, list[str]]:
+    wanted, limit = config.context_length, model.context_length
+    if wanted is None or wanted <= limit:
+        return wanted or limit, []
+    excess = f"{wanted} is more than the {limit} tokens that the model was made for"
+    if not switch("ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"):
+        raise ConfigError(
+            f"argument --context-length: {excess}; set SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN=1 to serve it all "
+            "the same"
+        )
+    return wanted, [f"--context-length {excess}: answers may be wrong"]
+
+
+def _eos_ids(model: ModelConfig, tokenizer: ModelSource | None) -> list[int]:
+    found = {*model.eos_ids, *(read_eos_ids(tokenizer) if tokenizer is not None else ())}
+    return sorted(token for token in found if token < model.vocab_size)
+
+
+def _filled_in(config: ServerConfig, model: ModelSource, context_length: int) -> ServerConfig:
+    bundled = config.model_path is None
+    return msgspec.structs.replace(
+        config,
+        model_path=model.name,
+        tokenizer_path=config.tokenizer_path or model.name,
+        # The bundled model is known by its plain name: SmolLM2-135M-Instruct.Q4_1.gguf is a detail of its packaging.
+        served_model_name=config.served_model_name
+        or (Path(model.path).name.partition(".")[0] if bundled else model.name),
+        context_length=context_length,
+        dtype=_DTYPES.get(config.dtype, config.dtype),
+        max_prefill_tokens=max(config.max_prefill_tokens, context_length),
+        schedule_policy=config.schedule_policy if config.schedule_policy in SERVED_POLICIES else "fcfs",
+        page_size=1,
+        device="cpu",
+        attention_backend="torch_native",
+        random_seed=secrets.randbits(31) if config.random_seed is None else config.random_seed,
+        cpu_threads=config.cpu_threads or _usable_cores(),
+        log_level_http=config.log_level_http or config.log_level,
+    )
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

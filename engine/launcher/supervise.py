@@ -1,0 +1,202 @@
+"""The launcher's loop: it waits for the processes, messages and signals of one launch, all at once."""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from engine.config import RunConfig
+from engine.config.environment import switch
+from engine.launcher.children import Child, Program, start_child
+from engine.launcher.signals import arrived
+from engine.wire.lifecycle import Drain, FromLauncher, Limits, Ready, Serving, ToLauncher, Warm
+from engine.wire.sockets import Inbox, Outbox
+
+log = logging.getLogger(__name__)
+
+DRAIN_MARGIN = 5.0
+"""Seconds beyond --drain-timeout after which the frontend is ended though it has not finished."""
+END_GRACE = 3.0
+"""Seconds between SIGTERM and SIGKILL."""
+
+
+@dataclass
+class Tree:
+    """One launch under way. `url` is where it serves; `began` is time.monotonic() at its start."""
+
+    run: RunConfig
+    url: str
+    began: float
+    signals: socket.socket
+    inbox: Inbox[ToLauncher]
+    frontend: Outbox[FromLauncher]
+    selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
+    children: list[Child] = field(default_factory=list)
+    ready: dict[str, Ready] = field(default_factory=dict)
+    warm: bool = False
+    drain_until: float | None = None
+    grace: float = END_GRACE
+
+
+def supervise(
+    run: RunConfig, config_file: Path, programs: Sequence[Program], listener: socket.socket,
+    signals: socket.socket, context: zmq.Context[Any], *, url: str, began: float,
+) -> int:  # fmt: skip
+    """Start `programs` and see them through; returns the exit code, when none of them is left.
+
+    0: a signal has ended the server. 1: a process died.
+    """
+    tree = Tree(
+        run, url, began, signals, Inbox(context, run.runtime_dir, "launcher", ToLauncher),
+        Outbox(context, run.runtime_dir, "frontend"),
+    )  # fmt: skip
+    tree.selector.register(signals, selectors.EVENT_READ)
+    tree.selector.register(tree.inbox.fileno(), selectors.EVENT_READ)
+    try:
+        for program in programs:
+            child = start_child(program, config_file, listener)
+            tree.children.append(child)
+            tree.selector.register(child.output, selectors.EVENT_READ, child)
+        code = _look(tree)
+        while code is None:
+            _wait(tree, tree.drain_until)
+            code = _look(tree)
+        return code
+    finally:
+        _end(tree)
+        tree.frontend.close(linger_ms=0)
+        tree.inbox.close()
+        tree.selector.close()
+
+
+def _wait(tree: Tree, until: float | None) -> None:
+    """Wait for something to look at, at most until `until` (of time.monotonic()), and pass on what children write."""
+    for key, _ in tree.selector.select(None if until is None else max(0.0, until - time.monotonic())):
+        if isinstance(key.data, Child):
+            _pass_on(tree, key.data)
+
+
+def _look(tree: Tree) -> int | None:
+    """Deal with all that has happened; returns the exit code once the server is to end."""
+    stops = [number for number in arrived(tree.signals) if number != signal.SIGCHLD]
+    for message in tree.inbox.drain():
+        _hear(tree, message)
+    for number in stops:
+        if _stop(tree, number):
+            return 0
+    ended = [child for child in tree.children if child.process.poll() is not None]
+    if ended:
+        drained = tree.drain_until is not None and _is_drained(ended)
+        return 0 if drained else _report_deaths(tree, ended)
+    if tree.drain_until is not None and time.monotonic() >= tree.drain_until:
+        log.warning("the frontend has not finished in time; requests in flight are cut off")
+        return 0
+    return None
+
+
+def _hear(tree: Tree, message: ToLauncher) -> None:
+    match message:
+        case Ready(process, pid):
+            log.info("%s (pid %d) is ready after %.2f s", process, pid, time.monotonic() - tree.began)
+            tree.ready[process] = message
+            limits = next((ready.limits for ready in tree.ready.values() if ready.limits is not None), None)
+            if limits is not None and all(child.program.name in tree.ready for child in tree.children):
+                tree.frontend.send(Serving(tree.run.epoch, limits))
+                _log_limits(tree.run, limits)
+        case Warm():
+            tree.warm = True
+            log.info("The server is fired up and ready to roll!")
+            log.info("warm %.2f s after the launcher began", time.monotonic() - tree.began)
+            print(f"Tokenmill serves {tree.run.server.served_model_name} on {tree.url}")
+            print(f"  launcher: pid {os.getpid()}")
+            for child in tree.children:
+                print(f"  {child.program.title}: pid {child.process.pid}")
+            sys.stdout.flush()
+
+
+def _log_limits(run: RunConfig, limits: Limits) -> None:
+    log.info(
+        "max_total_num_tokens=%d, chunked_prefill_size=%d, max_prefill_tokens=%d, max_running_requests=%d, "
+        "context_len=%d",
+        limits.max_total_num_tokens, limits.chunked_prefill_size, run.server.max_prefill_tokens,
+        limits.max_running_requests, run.facts.context_length,
+    )  # fmt: skip
+
+
+def _stop(tree: Tree, number: signal.Signals) -> bool:
+    """Act on a stop signal: the first one begins the drain. Returns whether the server is to end now."""
+    if tree.drain_until is not None:
+        log.warning("%s again: ending at once", number.name)
+        tree.grace = 0.0
+        return True
+    if not tree.warm or switch("FORCE_SHUTDOWN"):
+        log.info("%s: ending", number.name)
+        return True
+    timeout = tree.run.server.drain_timeout
+    log.info("%s: requests in flight have %.0f s to finish; once more to end at once", number.name, timeout)
+    tree.frontend.send(Drain(timeout))
+    tree.drain_until = time.monotonic() + timeout + DRAIN_MARGIN
+    return False
+
+
+def _is_drained(ended: list[Child]) -> bool:
+    """Whether what has ended is the frontend alone, as it should after its drain."""
+    return all(child.program.listens and child.process.returncode == 0 for child in ended)
+
+
+def _report_deaths(tree: Tree, ended: list[Child]) -> int:
+    for child in ended:
+        _pass_on(tree, child)
+    for child in ended:
+        last = "".join(f"    {line}\n" for line in child.tail)
+        _write(f"error: {child.describe_end()}; the server ends. Its last lines:\n{last}".encode())
+    return 1
+
+
+def _end(tree: Tree) -> None:
+    """End every child that is left: SIGTERM, and SIGKILL to those that are still there after the grace time."""
+    deadline = time.monotonic() + tree.grace
+    for child in tree.children if tree.grace else ():
+        if child.process.poll() is None:
+            child.process.terminate()
+    while any(child.process.poll() is None for child in tree.children) and time.monotonic() < deadline:
+        _wait(tree, deadline)
+        if any(number != signal.SIGCHLD for number in arrived(tree.signals)):
+            break
+    for child in tree.children:
+        if child.process.poll() is None:
+            if tree.grace:
+                log.warning("%s (pid %d) does not end: killing it", child.program.title, child.process.pid)
+            child.process.kill()
+        child.process.wait()
+        _pass_on(tree, child)
+        assert child.process.stdout is not None
+        child.process.stdout.close()
+
+
+def _pass_on(tree: Tree, child: Child) -> None:
+    lines, ended = child.read()
+    _write(lines)
+    if ended and child.output in tree.selector.get_map():
+        tree.selector.unregister(child.output)
+
+
+def _write(lines: bytes) -> None:
+    """Write to stderr. That its reader has gone away is no reason to stop serving."""
+    if lines:
+        try:
+            sys.stderr.buffer.write(lines)
+            sys.stderr.flush()
+        except BrokenPipeError:
+            log.debug("nobody reads stderr")
