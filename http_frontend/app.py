@@ -18,7 +18,7 @@ from http_frontend.auth import ApiKeys
 from http_frontend.control import Control
 from http_frontend.errors import RefusedError, error_response, json_response
 from http_frontend.frontend import Frontend
-from http_frontend.generate import GenerateEndpoint
+from http_frontend.generate import BARE_SEND, GenerateEndpoint
 from http_frontend.health import Health
 from http_frontend.info import Info
 from http_frontend.text import Text
@@ -47,7 +47,7 @@ def build_app(frontend: Frontend) -> ASGIApp:
         middleware=middleware,
         exception_handlers={RefusedError: _refused, HTTPException: _http_error},
     )
-    return app if not root_path else _RootPath(app, root_path)
+    return _Outermost(app, root_path)
 
 
 def _routes(frontend: Frontend) -> list[Route]:
@@ -99,8 +99,9 @@ def _below(root_path: str, path: str) -> str:
     return path
 
 
-class _RootPath:
-    """Tells the application the prefix it is reached under, whether or not the proxy strips it."""
+class _Outermost:
+    """Tells the application the prefix it is reached under, whether or not the proxy strips it, and the server's
+    own `send`."""
 
     def __init__(self, app: ASGIApp, root_path: str) -> None:
         self._app = app
@@ -109,4 +110,5 @@ class _RootPath:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             scope["root_path"] = self._root_path
+            scope[BARE_SEND] = send
         await self._app(scope, receive, send)

@@ -32,6 +32,9 @@ from http_frontend.journal import NEVER, Entry, Journal, nothing_to_do
 Scope = dict[str, Any]
 Send = Callable[[Message], Awaitable[None]]
 
+BARE_SEND = "tokenmill.send"
+"""Key of the ASGI scope under which the outermost application leaves the server's own `send`."""
+
 _STREAM_START: Message = {
     "type": "http.response.start",
     "status": 200,
@@ -79,16 +82,18 @@ class Call:
         self.gone = True
         self._wake()
 
-    async def news(self) -> list[Entry]:
-        """Entries with news, in order of their news; none when the client has gone."""
-        if not self._news and not self.gone:
-            self._future = self._loop.create_future()
-            await self._future
-        if self.gone:
+    def rest(self) -> asyncio.Future[None]:
+        """What to await when `news` has none: it is done when there are some, or the client has gone."""
+        self._future = self._loop.create_future()
+        return self._future
+
+    def news(self) -> list[Entry]:
+        """Entries with news, in order of their news. They count as told."""
+        news = self._news
+        if not news:
             return []
-        entries = list(self._news.values())
-        self._news.clear()
-        return entries
+        self._news = {}
+        return list(news.values())
 
     def _wake(self) -> None:
         future = self._future
@@ -151,7 +156,9 @@ class GenerateEndpoint:
         watcher = frontend.loop.create_task(_watch(receive, call))
         try:
             if request.stream:
-                await _stream(call, plan, style, send)
+                await send(_STREAM_START)
+                # Only the start of an answer concerns the middleware, and each of its layers costs a coroutine a chunk.
+                await _stream(call, plan, style, scope.get(BARE_SEND, send))
             else:
                 await _answer(call, plan, style, scope, receive, send)
         finally:
@@ -186,13 +193,15 @@ async def _watch(receive: Receive, call: Call) -> None:
 
 async def _stream(call: Call, plan: Plan, style: AnswerStyle, send: Send) -> None:
     """Send a chunk for each entry with news; `send` waits while the client is slow, and news pile up as one."""
-    await send(_STREAM_START)
     writers = [Writer(entry, style) for entry in call.entries]
     left = len(writers)
     while left:
-        entries = await call.news()
+        entries = call.news()
         if call.gone:
             return
+        if not entries:
+            await call.rest()
+            continue
         events = []
         for entry in entries:
             events.append(writers[entry.index].event())
@@ -214,9 +223,12 @@ async def _answer(call: Call, plan: Plan, style: AnswerStyle, scope: Scope, rece
     """Wait for all entries, or for the first that fails the call, and send one JSON body."""
     left = len(call.entries)
     while left:
-        entries = await call.news()
+        entries = call.news()
         if call.gone:
             return
+        if not entries:
+            await call.rest()
+            continue
         for entry in entries:
             if (refused := failure(entry)) is not None:
                 await error_response(refused)(scope, receive, send)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import socket
 from collections.abc import Callable, Iterator
@@ -37,6 +38,9 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        # What start-up has made lives until the end: the collector need not look at it again and again.
+        gc.collect()
+        gc.freeze()
         self._on_started()
 
     @contextlib.contextmanager

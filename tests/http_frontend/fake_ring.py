@@ -1,0 +1,314 @@
+"""A fake tokenizer, scheduler and detokenizer on one thread, and a real frontend process in front of them."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import zmq
+
+from engine.config import ModelFacts, ModelSource, RunConfig, ServerConfig, write_run_config
+from engine.wire.lifecycle import Drain, Limits, Ready, Serving, ToLauncher, Warm
+from engine.wire.results import Finish, InputLogprobs, TokenLogprobs
+from engine.wire.sockets import Inbox, Outbox
+from engine.wire.to_detokenizer import NO_TOKEN, Detokenize, ToDetokenizer
+from engine.wire.to_frontend import (
+    Accepted,
+    Begun,
+    Detokenized,
+    Ended,
+    Flushed,
+    State,
+    TextStep,
+    ToFrontend,
+    Tokenized,
+)
+from engine.wire.to_scheduler import Abort, FlushCache, QueryState
+from engine.wire.to_tokenizer import Generate, Tokenize, ToTokenizer
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+LIMITS = Limits(
+    max_total_num_tokens=4096,
+    max_req_input_len=4000,
+    max_running_requests=64,
+    chunked_prefill_size=512,
+    weight_gb=0.1,
+    kvcache_gb=0.2,
+    available_gb=3.0,
+    load_seconds={"model": 0.5},
+)
+
+
+def text_of(token: int) -> str:
+    """The fake vocabulary: printable, with quotes, line ends and characters of several bytes among them."""
+    return ('"', "\n", "é", "漢", "🙂", "\\", " a")[token % 7] + str(token)
+
+
+class Running(msgspec.Struct):
+    """A request that the fake scheduler runs: its n-th token is `first + n`."""
+
+    generate: Generate
+    prompt: list[int]
+    made: int = 0
+
+
+class FakeRing:
+    """Plays the other processes. `hold`: no steps are made while it is set. `silent`: nothing is answered at all.
+
+    Texts that begin with "REFUSE " are refused at the door, with "QUEUE " by the scheduler with 503, with "BREAK "
+    they end in a 500 after 3 tokens. Everything that came is in `seen`.
+    """
+
+    def __init__(self, runtime_dir: str, step_seconds: float = 0.001) -> None:
+        self.context: zmq.Context[Any] = zmq.Context()
+        self.tokenizer: Inbox[ToTokenizer] = Inbox(self.context, runtime_dir, "tokenizer", ToTokenizer)
+        self.detokenizer: Inbox[ToDetokenizer] = Inbox(self.context, runtime_dir, "detokenizer", ToDetokenizer)
+        self.launcher: Inbox[ToLauncher] = Inbox(self.context, runtime_dir, "launcher", ToLauncher)
+        self.frontend: Outbox[ToFrontend] = Outbox(self.context, runtime_dir, "frontend")
+        self.step_seconds = step_seconds
+        self.hold = threading.Event()
+        self.silent = threading.Event()
+        self.seen: list[Any] = []
+        self.running: dict[int, Running] = {}
+        self.launcher_seen: list[ToLauncher] = []
+        self.changed = threading.Condition()
+        self._outgoing: list[ToFrontend] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="fake ring")
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+        for end in (self.tokenizer, self.detokenizer, self.launcher, self.frontend):
+            end.close()
+        self.context.destroy(linger=0)
+
+    def send(self, message: ToFrontend) -> None:
+        """Send from the fake ring's thread (sockets are not to be shared)."""
+        self._outgoing.append(message)
+
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 10.0) -> None:
+        """Wait until `condition` holds; it is looked at after every round of the ring."""
+        with self.changed:
+            assert self.changed.wait_for(condition, seconds), "the fake ring has not seen it in time"
+
+    def kinds(self, kind: type) -> list[Any]:
+        return [message for message in self.seen if isinstance(message, kind)]
+
+    def aborted(self) -> set[int]:
+        return {key for message in self.kinds(Abort) for key in message.keys}
+
+    def by_rid(self, rid: str) -> Generate:
+        return next(message for message in self.kinds(Generate) if message.rid == rid)
+
+    def _loop(self) -> None:
+        while not self._stop.is_set():
+            incoming: list[Any] = [*self.tokenizer.drain(), *self.detokenizer.drain()]
+            with self.changed:
+                self.launcher_seen += self.launcher.drain()
+                self.seen += incoming
+                while self._outgoing:
+                    self.frontend.send(self._outgoing.pop(0))
+                if not self.silent.is_set():
+                    for message in incoming:
+                        self._take(message)
+                    if self.running and not self.hold.is_set():
+                        self._step()
+                self.changed.notify_all()
+            self.tokenizer.wait(self.step_seconds)
+
+    def _take(self, message: Any) -> None:
+        match message:
+            case Generate():
+                self._admit(message)
+            case Abort():
+                gone = [key for key in message.keys if key in self.running]
+                for key in gone:
+                    one = self.running.pop(key)
+                    finish = Finish("abort", message="Aborted" if one.made else "Abort in waiting queue")
+                    if one.made:
+                        self.frontend.send(_rows([(one, "", NO_TOKEN, finish, None)], []))
+                    else:
+                        self.frontend.send(Ended(key, one.generate.attempt, finish, "scheduler"))
+            case FlushCache():
+                self.frontend.send(Flushed(message.key, not self.running))
+            case QueryState():
+                self.frontend.send(State(message.key, {"last_gen_throughput": 1.5}))
+            case Tokenize():
+                ids = [
+                    [ord(letter) for letter in prompt]
+                    for prompt in message.prompts or ["".join(map(str, message.messages or []))]
+                ]
+                error = "the tokenizer is broken" if message.prompts == ["BREAK"] else None
+                self.frontend.send(Tokenized(message.key, [] if error else ids, 8192, error))
+            case Detokenize():
+                self.frontend.send(Detokenized(message.key, ["".join(map(chr, row)) for row in message.ids], None))
+
+    def _admit(self, message: Generate) -> None:
+        if message.text is not None and message.text.startswith("REFUSE "):
+            finish = Finish("abort", message=message.text.removeprefix("REFUSE "), status=400)
+            self.frontend.send(Ended(message.key, message.attempt, finish, "door"))
+            return
+        if message.text is not None and message.text.startswith("QUEUE "):
+            finish = Finish("abort", message="The request queue is full.", status=503)
+            self.frontend.send(Ended(message.key, message.attempt, finish, "scheduler"))
+            return
+        prompt: array[int] = array("i")
+        if message.input_ids is not None:
+            prompt.frombytes(message.input_ids)
+        else:
+            prompt.extend(ord(letter) for letter in message.text or "")
+        self.frontend.send(Accepted(message.key, message.attempt, prompt.tobytes()))
+        self.running[message.key] = Running(message, prompt.tolist())
+
+    def _step(self) -> None:
+        rows = []
+        begun = []
+        for key, one in list(self.running.items()):
+            generate = one.generate
+            if not one.made:
+                begun.append(_begun(one))
+            limit = generate.sampling.max_new_tokens
+            if limit == 0:
+                last = (
+                    TokenLogprobs(None, None, [(-1.0, i) for i in generate.logprobs.ids]) if generate.logprobs else None
+                )
+                rows.append((one, "", NO_TOKEN, Finish("length", length=0), last))
+                del self.running[key]
+                continue
+            token = len(one.prompt) + one.made
+            one.made += 1
+            finish = Finish("length", length=limit) if one.made == limit else None
+            if one.made == 3 and (generate.text or "").startswith("BREAK "):
+                finish = Finish("abort", message="broken in the middle", status=500)
+            logprobs = None
+            if (options := generate.logprobs) is not None:
+                top = [(-0.5 - i, token + i) for i in range(options.top)] if options.top else None
+                ids = [(-2.5, i) for i in options.ids] if options.ids else None
+                logprobs = TokenLogprobs(-0.5, top, ids)
+            rows.append((one, text_of(token), token, finish, logprobs))
+            if finish is not None:
+                del self.running[key]
+        self.frontend.send(_rows(rows, begun))
+
+
+def _begun(one: Running) -> Begun:
+    options = one.generate.logprobs
+    inputs = None
+    if options is not None and options.start >= 0:
+        asked = one.prompt[options.start :]
+        inputs = InputLogprobs(
+            [(None if i == 0 else -1.5, token) for i, token in enumerate(asked)],
+            [None if i == 0 else [(-0.25, token)] * options.top for i, token in enumerate(asked)]
+            if options.top
+            else None,
+            None,
+        )
+    texts = {token: text_of(token) for token in one.prompt} if one.generate.text_options.text_in_logprobs else None
+    return Begun(one.generate.key, one.generate.attempt, len(one.prompt), 2, inputs, texts)
+
+
+def _rows(rows: list[tuple[Running, str, int, Finish | None, TokenLogprobs | None]], begun: list[Begun]) -> TextStep:
+    texts = {}
+    for i, (one, _, token, _, logprobs) in enumerate(rows):
+        if logprobs is not None and one.generate.text_options.text_in_logprobs:
+            named = [token, *(t for _, t in logprobs.top or []), *(t for _, t in logprobs.ids or [])]
+            texts[i] = {t: text_of(t) for t in named if t >= 0}
+    return TextStep(
+        begun=begun,
+        keys=[row[0].generate.key for row in rows],
+        attempts=[row[0].generate.attempt for row in rows],
+        texts=[row[1] for row in rows],
+        tokens=[row[2] for row in rows],
+        finished={i: row[3] for i, row in enumerate(rows) if row[3] is not None},
+        logprobs={i: row[4] for i, row in enumerate(rows) if row[4] is not None},
+        logprob_texts=texts,
+        retracted={},
+    )
+
+
+def run_config(runtime_dir: str, launcher_pid: int, **server: Any) -> RunConfig:
+    """A configuration as the launcher would write it."""
+    facts = ModelFacts(
+        architectures=["LlamaForCausalLM"],
+        model_type="llama",
+        vocab_size=1000,
+        context_length=4096,
+        is_generation=True,
+        eos_ids=[2],
+    )
+    source = ModelSource(name="org/model-x", kind="folder", path="/nowhere")
+    return RunConfig(
+        server=ServerConfig(**server),
+        model=source,
+        tokenizer=source,
+        facts=facts,
+        runtime_dir=runtime_dir,
+        launcher_pid=launcher_pid,
+        launch_command="tokenmill serve",
+        started_at=time.time(),
+    )
+
+
+class Live:
+    """A frontend process on a free port, the ring it talks to, and a client."""
+
+    def __init__(self, ring: FakeRing, process: subprocess.Popen[bytes], port: int) -> None:
+        self.ring = ring
+        self.process = process
+        self.port = port
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20)
+
+    def serve(self) -> None:
+        """Say that all processes are ready, and wait for the warm-up."""
+        self.ring.send(Serving(0, LIMITS))
+        self.ring.wait_for(lambda: any(isinstance(message, Warm) for message in self.ring.launcher_seen))
+
+    def drain(self, seconds: float) -> None:
+        self.ring.send(Drain(seconds))
+
+    def socket(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=20)
+
+
+@contextmanager
+def live_frontend(*, warm: bool = True, step_seconds: float = 0.001, **server: Any) -> Iterator[Live]:
+    """Start `python -m http_frontend` on an inherited listening socket, and end it by its pid."""
+    import os
+
+    with tempfile.TemporaryDirectory(prefix="tm") as folder:
+        config_path = Path(folder) / "config.json"
+        write_run_config(run_config(folder, os.getpid(), **server), config_path)
+        listener = socket.create_server(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+        ring = FakeRing(folder, step_seconds)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "http_frontend", "--config", str(config_path), "--fd", str(listener.fileno())],
+            cwd=REPOSITORY,
+            pass_fds=(listener.fileno(),),
+            stderr=subprocess.PIPE,
+        )
+        listener.close()
+        live = Live(ring, process, port)
+        try:
+            ring.wait_for(lambda: any(isinstance(message, Ready) for message in ring.launcher_seen))
+            if warm:
+                live.serve()
+            yield live
+        finally:
+            live.client.close()
+            process.kill()
+            process.communicate()
+            ring.close()
