@@ -1,0 +1,46 @@
+"""`python -m detokenizer_proc --config FILE`: the detokenizer process."""
+
+from __future__ import annotations
+
+import zmq
+
+from detokenizer_proc.replies import detokenized
+from detokenizer_proc.steps import StepDecoder
+from engine.checkpoints.tokenizer import load_tokenizer
+from engine.wire.process import arguments, begin, report_ready
+from engine.wire.sockets import Inbox, Outbox
+from engine.wire.to_detokenizer import Detokenize, StepOutput, ToDetokenizer
+from engine.wire.to_frontend import Ended, ToFrontend
+from engine.wire.to_scheduler import StopSeen, ToScheduler
+
+
+def main() -> None:
+    config = begin(arguments("the detokenizer process").config, "detokenizer")
+    context = zmq.Context()
+    inbox: Inbox[ToDetokenizer] = Inbox(context, config.runtime_dir, "detokenizer", ToDetokenizer)
+    frontend: Outbox[ToFrontend] = Outbox(context, config.runtime_dir, "frontend")
+    scheduler: Outbox[ToScheduler] = Outbox(context, config.runtime_dir, "scheduler")
+    tokenizer = None
+    if config.tokenizer is not None and not config.server.skip_tokenizer_init:
+        tokenizer = load_tokenizer(config.tokenizer, mode=config.server.tokenizer_mode)
+    decoder = StepDecoder(tokenizer)
+    report_ready(context, config, "detokenizer")
+    while True:
+        inbox.wait(None)
+        for message in inbox.drain():
+            if isinstance(message, StepOutput):
+                step, ended = decoder.decode(message)
+                if ended:
+                    scheduler.send(StopSeen(ended))
+                if step is not None:
+                    frontend.send(step)
+            elif isinstance(message, Detokenize):
+                frontend.send(detokenized(message, tokenizer, config.facts.vocab_size))
+            else:
+                if isinstance(message, Ended):
+                    decoder.forget(message.key)
+                frontend.send(message)
+
+
+if __name__ == "__main__":
+    main()

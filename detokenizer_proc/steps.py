@@ -1,0 +1,145 @@
+"""A step of the scheduler → the step's texts. All state of the detokenizer lives here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from detokenizer_proc.incremental import StreamFactory
+from detokenizer_proc.request import RequestText, internal_error
+from engine.checkpoints.tokenizer import Tokenizer, decode
+from engine.wire.results import Finish, InputLogprobs, TokenLogprobs
+from engine.wire.to_detokenizer import NO_TOKEN, Opened, StepOutput
+from engine.wire.to_frontend import Begun, TextStep
+
+
+class StepDecoder:
+    """The texts of all requests that run. `tokenizer` is None with --skip-tokenizer-init."""
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self._tokenizer = tokenizer
+        self._streams = StreamFactory(tokenizer)
+        self._requests: dict[int, RequestText] = {}
+        self._with_texts: set[int] = set()
+        self._single: dict[int, str] = {}
+
+    @property
+    def num_requests(self) -> int:
+        """How many requests have state here."""
+        return len(self._requests)
+
+    def forget(self, key: int) -> None:
+        """Drop the state of a request that ended elsewhere. Unknown keys are fine."""
+        self._requests.pop(key, None)
+        self._with_texts.discard(key)
+
+    def decode(self, step: StepOutput) -> tuple[TextStep | None, list[int]]:
+        """The step with its texts, and the keys that ended here, of which the scheduler does not know yet.
+
+        Rows of requests that are not open (they have ended here) or of an older attempt are left out; None when no
+        row is left.
+        """
+        begun = [self._open(opened) for opened in step.opened]
+        texts: list[str] = []
+        finished = dict(step.finished)
+        ended: list[int] = []
+        dropped: set[int] = set()
+        requests, attempts, tokens, finishes = self._requests, step.attempts, step.tokens, step.finished
+        for row, key in enumerate(step.keys):
+            request = requests.get(key)
+            if request is None or request.attempt != attempts[row]:
+                dropped.add(row)
+                continue
+            finish = finishes.get(row)
+            if finish is None and request.plain and request.stream.plain and request.early is None:
+                text = request.stream.table.get(tokens[row])
+                if text is not None:
+                    texts.append(text)
+                    continue
+            text, reason = _advance(request, tokens[row], finish)
+            texts.append(text)
+            if reason is not None:
+                finished[row] = reason
+                if finish is None:
+                    ended.append(key)
+                del requests[key]
+        logprob_texts = self._logprob_texts(step, dropped) if self._with_texts else {}
+        for row in finished:
+            self._with_texts.discard(step.keys[row])
+        if len(dropped) == len(step.keys) and not begun:
+            return None, ended
+        whole = TextStep(
+            begun, step.keys, attempts, texts, tokens, finished, step.logprobs, logprob_texts, step.retracted
+        )
+        return (_without(whole, dropped) if dropped else whole), ended
+
+    def _open(self, opened: Opened) -> Begun:
+        self._requests[opened.key] = RequestText(opened, self._streams)
+        texts = None
+        self._with_texts.discard(opened.key)
+        if opened.text_options.text_in_logprobs and self._tokenizer is not None:
+            self._with_texts.add(opened.key)
+            if opened.input_logprobs is not None:
+                texts = self._texts_of(_input_ids(opened.input_logprobs))
+        return Begun(
+            opened.key, opened.attempt, opened.prompt_tokens, opened.cached_tokens, opened.input_logprobs, texts
+        )
+
+    def _logprob_texts(self, step: StepOutput, dropped: set[int]) -> dict[int, dict[int, str]]:
+        texts: dict[int, dict[int, str]] = {}
+        for row, logprobs in step.logprobs.items():
+            if row not in dropped and step.keys[row] in self._with_texts:
+                texts[row] = self._texts_of(_output_ids(step.tokens[row], logprobs))
+        return texts
+
+    def _texts_of(self, ids: Iterable[int]) -> dict[int, str]:
+        """Each id decoded by itself, special tokens shown; nothing for ids out of range."""
+        assert self._tokenizer is not None
+        texts: dict[int, str] = {}
+        for token in ids:
+            text = self._single.get(token)
+            if text is None:
+                known = 0 <= token < self._tokenizer.vocab_size
+                text = decode(self._tokenizer, [token], skip_special_tokens=False) if known else ""
+                if known:
+                    self._single[token] = text
+            texts[token] = text
+        return texts
+
+
+def _advance(request: RequestText, token: int, finish: Finish | None) -> tuple[str, Finish | None]:
+    try:
+        return request.advance(token, finish)
+    except Exception as error:
+        return "", internal_error(request.key, error)
+
+
+def _output_ids(token: int, logprobs: TokenLogprobs) -> set[int]:
+    ids = {token} - {NO_TOKEN}
+    for scored in (logprobs.top, logprobs.ids):
+        ids.update(token_id for _, token_id in scored or ())
+    return ids
+
+
+def _input_ids(logprobs: InputLogprobs) -> set[int]:
+    ids = {token_id for _, token_id in logprobs.tokens}
+    for column in (logprobs.top, logprobs.ids):
+        for scored in column or ():
+            ids.update(token_id for _, token_id in scored or ())
+    return ids
+
+
+def _without(step: TextStep, dropped: set[int]) -> TextStep:
+    """The step without the rows `dropped` (of which `step.texts` has none already)."""
+    kept = [row for row in range(len(step.keys)) if row not in dropped]
+    number = {row: new for new, row in enumerate(kept)}
+    return TextStep(
+        step.begun,
+        [step.keys[row] for row in kept],
+        [step.attempts[row] for row in kept],
+        step.texts,
+        [step.tokens[row] for row in kept],
+        {number[row]: value for row, value in step.finished.items() if row in number},
+        {number[row]: value for row, value in step.logprobs.items() if row in number},
+        {number[row]: value for row, value in step.logprob_texts.items() if row in number},
+        step.retracted,
+    )

@@ -1,0 +1,1 @@
+"""Text → token ids, chat templates, request validation. One process, `python -m tokenizer_proc --config FILE`."""

@@ -1,0 +1,74 @@
+"""`python -m tokenizer_proc --config FILE`: the tokenizer process."""
+
+from __future__ import annotations
+
+import os
+
+import zmq
+
+from engine.checkpoints.tokenizer import load_tokenizer
+from engine.config import ConfigError, RunConfig
+from engine.wire.process import arguments, begin, report_ready
+from engine.wire.sockets import Inbox, Outbox
+from engine.wire.to_frontend import Ended, ToFrontend
+from engine.wire.to_scheduler import ToScheduler
+from engine.wire.to_tokenizer import Generate, Tokenize, ToTokenizer
+from tokenizer_proc.admission import admit
+from tokenizer_proc.replies import tokenized
+from tokenizer_proc.validation import Bounds
+
+LIMIT_VARIABLES = ("TOKENMILL_MAX_NEW_TOKENS_LIMIT", "SGLANG_MAX_NEW_TOKENS_LIMIT")
+
+
+def main() -> None:
+    config = begin(arguments("the tokenizer process").config, "tokenizer")
+    bounds = bounds_of(config)
+    context = zmq.Context()
+    inbox: Inbox[ToTokenizer] = Inbox(context, config.runtime_dir, "tokenizer", ToTokenizer)
+    frontend: Outbox[ToFrontend] = Outbox(context, config.runtime_dir, "frontend")
+    scheduler: Outbox[ToScheduler] = Outbox(context, config.runtime_dir, "scheduler")
+    tokenizer = None
+    if config.tokenizer is not None and bounds.has_tokenizer:
+        server = config.server
+        tokenizer = load_tokenizer(config.tokenizer, mode=server.tokenizer_mode, chat_template=server.chat_template)
+    report_ready(context, config, "tokenizer")
+    while True:
+        inbox.wait(None)
+        for message in inbox.drain():
+            if isinstance(message, Generate):
+                outcome = admit(message, tokenizer, bounds)
+                if isinstance(outcome, Ended):
+                    frontend.send(outcome)
+                else:
+                    accepted, admitted = outcome
+                    frontend.send(accepted)
+                    scheduler.send(admitted)
+            elif isinstance(message, Tokenize):
+                frontend.send(tokenized(message, tokenizer, config.facts.context_length))
+            else:
+                scheduler.send(message)
+
+
+def bounds_of(config: RunConfig) -> Bounds:
+    """What the checks need to know of this launch. Raises ConfigError for a limit that is no number."""
+    return Bounds(
+        vocab_size=config.facts.vocab_size,
+        context_length=config.facts.context_length,
+        auto_truncate=config.server.allow_auto_truncate,
+        max_new_tokens_limit=_limit(),
+        has_tokenizer=not config.server.skip_tokenizer_init,
+    )
+
+
+def _limit() -> int | None:
+    for name in LIMIT_VARIABLES:
+        word = os.environ.get(name)
+        if word:
+            if not word.isascii() or not word.isdigit():
+                raise ConfigError(f"{name}={word!r} is not a number of tokens (0 or more)")
+            return int(word)
+    return None
+
+
+if __name__ == "__main__":
+    main()

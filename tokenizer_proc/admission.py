@@ -1,0 +1,90 @@
+"""One `Generate`: its prompt as ids, checked and sent on, or refused."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from array import array
+
+from engine.checkpoints.tokenizer import Tokenizer, encode
+from engine.wire.results import Finish
+from engine.wire.to_frontend import Accepted, Ended
+from engine.wire.to_scheduler import Admit
+from engine.wire.to_tokenizer import Generate
+from tokenizer_proc.validation import (
+    Bounds,
+    RefusalError,
+    cap_lengths,
+    check_ids,
+    check_logprobs,
+    check_sampling,
+    check_stops,
+    fit_context,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def admit(message: Generate, tokenizer: Tokenizer | None, bounds: Bounds) -> tuple[Accepted, Admit] | Ended:
+    """What to send to the frontend and the scheduler, or to the frontend alone when the request is refused.
+
+    Never raises: an unexpected failure ends this request with status 500, and the log has the traceback.
+    """
+    try:
+        return _admit(message, tokenizer, bounds)
+    except RefusalError as refusal:
+        finish = Finish("abort", message=str(refusal), status=400)
+        return Ended(message.key, message.attempt, finish, refusal.origin)
+    except Exception as error:
+        logger.exception("admitting request %s failed", message.rid)
+        text = f"Internal error while admitting request {message.rid}: {type(error).__name__}: {error}"
+        return Ended(message.key, message.attempt, Finish("abort", message=text, status=500), "scheduler")
+
+
+def _admit(message: Generate, tokenizer: Tokenizer | None, bounds: Bounds) -> tuple[Accepted, Admit]:
+    ids = _prompt_ids(message, tokenizer)
+    check_ids(ids, bounds.vocab_size)
+    kept, sampling, cuts = fit_context(len(ids), message.sampling, bounds)
+    check_sampling(sampling, bounds.vocab_size)
+    check_stops(message.text_options, sampling, bounds.has_tokenizer)
+    if message.logprobs is not None:
+        check_logprobs(message.logprobs, kept, bounds.vocab_size)
+    for cut in cuts:
+        logger.warning("request %s does not fit the context of %d tokens: %s", message.rid, bounds.context_length, cut)
+    packed = _packed(ids[:kept] if kept < len(ids) else ids)
+    admitted = Admit(
+        key=message.key,
+        attempt=message.attempt,
+        rid=message.rid,
+        input_ids=packed,
+        output_ids=message.output_ids,
+        sampling=cap_lengths(sampling, bounds.max_new_tokens_limit),
+        text_options=message.text_options,
+        logprobs=message.logprobs,
+        extra_key=message.extra_key,
+        priority=message.priority,
+    )
+    return Accepted(message.key, message.attempt, packed), admitted
+
+
+def _prompt_ids(message: Generate, tokenizer: Tokenizer | None) -> array[int]:
+    ids = array("i")
+    if message.input_ids is not None:
+        ids.frombytes(message.input_ids)
+        if sys.byteorder == "big":
+            ids.byteswap()
+    elif tokenizer is None:
+        raise RefusalError(
+            "The engine initialized with skip_tokenizer_init=True cannot accept text prompts. Please provide "
+            "input_ids or re-initialize the engine with skip_tokenizer_init=False."
+        )
+    else:
+        ids.extend(encode(tokenizer, message.text or ""))
+    return ids
+
+
+def _packed(ids: array[int]) -> bytes:
+    if sys.byteorder == "big":
+        ids = array("i", ids)
+        ids.byteswap()
+    return ids.tobytes()

@@ -1,0 +1,43 @@
+"""The answer to a `/tokenize` call."""
+
+from __future__ import annotations
+
+import logging
+
+from engine.checkpoints.chat_template import ChatTemplateError, render_chat
+from engine.checkpoints.tokenizer import Tokenizer, encode
+from engine.wire.to_frontend import Tokenized
+from engine.wire.to_tokenizer import Tokenize
+
+logger = logging.getLogger(__name__)
+
+
+def tokenized(message: Tokenize, tokenizer: Tokenizer | None, context_length: int) -> Tokenized:
+    """Encode each prompt, or the messages as the chat template renders them (one list of ids).
+
+    Whatever fails is told in `error`. A tokenizer without a limit of its own has the server's context length.
+    """
+    if tokenizer is None:
+        return Tokenized(message.key, [], -1, "this server has no tokenizer (--skip-tokenizer-init)")
+    limit = tokenizer.model_max_length or context_length
+    try:
+        return Tokenized(message.key, _ids(message, tokenizer), limit, None)
+    except ChatTemplateError as error:
+        return Tokenized(message.key, [], limit, str(error))
+    except Exception as error:
+        logger.exception("/tokenize failed")
+        return Tokenized(message.key, [], limit, f"{type(error).__name__}: {error}")
+
+
+def _ids(message: Tokenize, tokenizer: Tokenizer) -> list[list[int]]:
+    if message.messages is None:
+        return [encode(tokenizer, prompt, message.add_special_tokens) for prompt in message.prompts or []]
+    text = render_chat(
+        tokenizer,
+        message.messages,
+        add_generation_prompt=message.add_generation_prompt,
+        continue_final_message=message.continue_final_message,
+        tools=message.tools,
+        template_kwargs=message.template_kwargs,
+    )
+    return [encode(tokenizer, text, add_special_tokens=False)]
