@@ -106,7 +106,9 @@ def test_the_output_completes_a_character_that_the_prompt_began() -> None:
 @pytest.mark.parametrize("name", ["sentencepiece", "metaspace"])
 def test_the_blank_at_the_start_of_a_text(name: str) -> None:
     tokenizer = made(name)
-    word = next(i for i in range(tokenizer.vocab_size) if re.fullmatch("▁[a-z]+", tokenizer.backend.id_to_token(i) or ""))
+    word = next(
+        i for i in range(tokenizer.vocab_size) if re.fullmatch("▁[a-z]+", tokenizer.backend.id_to_token(i) or "")
+    )
     shown = decode(tokenizer, [word])
     streams = StreamFactory(tokenizer)
     bos = tokenizer.bos_id
