@@ -60,7 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("model", metavar="MODEL", nargs="?", help="the same as --model-path")
     parser.add_argument("--config", metavar="FILE", help="YAML map of flags to values; the command line wins over it")
     for field in config_fields():
-        default = "" if field.default in (None, False, "", [], {}) else f" (default: {field.default})"
+        unset = field.default is None or field.default is False or field.default in ("", [], {})
+        default = "" if unset else f" (default: {field.default})"
         choices = "{" + ",".join(field.options.choices) + "}" if field.options.choices else None
         parser.add_argument(
             *field.names,
