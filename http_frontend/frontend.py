@@ -108,6 +108,8 @@ class Frontend:
         if self.draining:
             return
         self.draining = True
+        # Health checks that wait for a sign of life have their answer: 503.
+        self.pulse.beat()
         log.info("draining: %d requests in flight, at most %g s", len(self.journal), message.timeout)
         if not await self._idle_within(message.timeout):
             log.warning("aborting %d requests that did not finish in time", len(self.journal))

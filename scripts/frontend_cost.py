@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import zmq
 
 from engine.config import ModelFacts, ModelSource, RunConfig, ServerConfig, write_run_config

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import socket
 import subprocess
 import sys
@@ -286,8 +288,6 @@ class Live:
 @contextmanager
 def live_frontend(*, warm: bool = True, step_seconds: float = 0.001, **server: Any) -> Iterator[Live]:
     """Start `python -m http_frontend` on an inherited listening socket, and end it by its pid."""
-    import os
-
     with tempfile.TemporaryDirectory(prefix="tm") as folder:
         config_path = Path(folder) / "config.json"
         write_run_config(run_config(folder, os.getpid(), **server), config_path)
@@ -312,3 +312,21 @@ def live_frontend(*, warm: bool = True, step_seconds: float = 0.001, **server: A
             process.kill()
             process.communicate()
             ring.close()
+
+
+def call(text: Any = "hello", tokens: int = 4, **fields: Any) -> dict[str, Any]:
+    return {"text": text, "sampling_params": {"max_new_tokens": tokens}, **fields}
+
+
+def events(response: httpx.Response) -> list[Any]:
+    """The stream's JSON chunks; checks its framing."""
+    assert response.headers["content-type"] == "text/event-stream"
+    parts = response.text.split("\n\n")
+    assert parts[-2:] == ["data: [DONE]", ""]
+    assert all(part.startswith("data: ") for part in parts[:-1])
+    return [json.loads(part.removeprefix("data: ")) for part in parts[:-2]]
+
+
+def expected(prompt: str, tokens: int) -> tuple[str, list[int]]:
+    ids = list(range(len(prompt), len(prompt) + tokens))
+    return "".join(map(text_of, ids)), ids
