@@ -36,7 +36,7 @@ class Fields:
         return CheckpointError(f"{self.where}: {key} is {value!r}; it must be {expected}")
 
     def positive(self, key: str, default: Any = _REQUIRED) -> int:
-        """An integer of at least 1. `default` stands for null, and for a missing key without a default of the family."""
+        """An integer of at least 1. `default` stands for null, and for a missing key without a family default."""
         value = self._value(key)
         if value is None and default is not _REQUIRED:
             value = default

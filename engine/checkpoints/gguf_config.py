@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,14 @@ class GgufConfig:
     biases: dict[str, bool]
 
 
-def config_of_gguf(path: Path, header: GgufHeader) -> GgufConfig:
-    """Translate the metadata of a GGUF file. Raises CheckpointError for keys that are missing or make no sense."""
+def config_of_gguf(files: list[tuple[Path, GgufHeader]]) -> GgufConfig:
+    """Translate the metadata of a GGUF model, given the headers of all its files (most have one).
+
+    Raises CheckpointError for keys that are missing or make no sense.
+    """
+    path, first = files[0]
+    # Only the first file has the metadata; the tensors lie in all of them.
+    header = replace(first, tensors={name: tensor for _, part in files for name, tensor in part.tensors.items()})
     general = Fields(str(path), "unknown", header.metadata, {})
     arch = general.text("general.architecture")
     prefix = f"{arch}."
@@ -64,7 +70,7 @@ def config_of_gguf(path: Path, header: GgufHeader) -> GgufConfig:
         "bos_token_id": header.metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": _end_ids(general),
         "sliding_window": window or None,
-        **_rope(path, header, fields, head_dim),
+        **_rope(files, fields, head_dim),
     }
     biases = {"output_bias": "blk.0.attn_output.bias" in header.tensors}
     if raw["architectures"] == ["MistralForCausalLM"]:
@@ -96,15 +102,16 @@ def _end_ids(general: Fields) -> list[int]:
     return sorted({token for key in keys for token in general.token_ids(f"tokenizer.ggml.{key}")})
 
 
-def _rope(path: Path, header: GgufHeader, fields: Fields, head_dim: int) -> dict[str, Any]:
+def _rope(files: list[tuple[Path, GgufHeader]], fields: Fields, head_dim: int) -> dict[str, Any]:
     rotary_dim = fields.positive("rope.dimension_count", head_dim)
     if rotary_dim > head_dim:
         raise fields.error("rope.dimension_count", f"at most the head's size ({head_dim})")
     if fields.architecture == "llama" and rotary_dim != head_dim:
         raise fields.error("rope.dimension_count", f"the head's size ({head_dim}), as the rows of q and k are permuted")
     scaling = _scaling(fields)
-    if ROPE_FACTORS in header.tensors:
-        scaling["frequency_factors"] = _frequency_factors(path, header)
+    for path, header in files:
+        if ROPE_FACTORS in header.tensors:
+            scaling["frequency_factors"] = _frequency_factors(path, header)
     return {
         "rope_theta": _as_written(fields.positive_number("rope.freq_base", 10000.0)),
         "partial_rotary_factor": rotary_dim / head_dim,

@@ -81,8 +81,7 @@ def read_model_config(source: ModelSource, overrides: dict[str, Any] | None = No
         raw = _overridden(_read_json(folder / "config.json"), overrides or {})
         generation = folder / "generation_config.json"
         return _model_config(source, raw, _read_json(generation) if generation.is_file() else {})
-    path = split_files(Path(source.path))[0]
-    from_gguf = config_of_gguf(path, read_gguf_header(path))
+    from_gguf = config_of_gguf([(path, read_gguf_header(path)) for path in split_files(Path(source.path))])
     config = _model_config(source, _overridden(from_gguf.raw, overrides or {}), {})
     return msgspec.structs.replace(config, **from_gguf.biases)
 
