@@ -14,13 +14,16 @@ from engine.kernels.batch import RaggedBatch
 from engine.kernels.reference_attention import AttentionPlan, attend, plan_attention
 from engine.kernels.table import RotaryFrequencies
 
+# Elements of the head that are converted to float32 at once: a copy that stays in the CPU's cache.
+LOGITS_BLOCK = 1 << 20
+
 
 @dataclass(frozen=True, eq=False)
 class StepContext:
     """What the layers of a step share.
 
-    cos, sin: float32 [T, 1, rotary_dim / 2], the attention factor included.
-    slots: the batch's. attention: window → which rows read which slots.
+    cos, sin: float32 [T, 1, rotary_dim], the attention factor included; sin is negated in the first half.
+    slots: the batch's. attention: window → which rows read which keys.
     """
 
     cos: torch.Tensor
@@ -29,13 +32,16 @@ class StepContext:
     attention: dict[int | None, AttentionPlan]
 
 
-def begin_step(batch: RaggedBatch, rotary: RotaryFrequencies, windows: tuple[int | None, ...]) -> StepContext:
+def begin_step(
+    batch: RaggedBatch, rotary: RotaryFrequencies, kv_heads: int, windows: tuple[int | None, ...]
+) -> StepContext:
     angles = (batch.positions.to(torch.float32)[:, None] * rotary.inverse)[:, None, :]
+    cos, sin = angles.cos() * rotary.factor, angles.sin() * rotary.factor
     return StepContext(
-        cos=angles.cos() * rotary.factor,
-        sin=angles.sin() * rotary.factor,
+        cos=torch.cat((cos, cos), dim=-1),
+        sin=torch.cat((-sin, sin), dim=-1),
         slots=batch.slots,
-        attention={window: plan_attention(batch, window) for window in windows},
+        attention={window: plan_attention(batch, kv_heads, window) for window in windows},
     )
 
 
@@ -68,7 +74,7 @@ def rotary_store(
     query_heads = heads.shape[1] - 2 * kv_heads
     rotated = heads[:, : query_heads + kv_heads]
     if q_norm is not None and k_norm is not None:
-        queries, new_keys = rotated.split([query_heads, kv_heads], dim=1)
+        queries, new_keys = rotated[:, :query_heads], rotated[:, query_heads:]
         q_normed = functional.rms_norm(queries, q_norm.shape, q_norm, eps)
         k_normed = functional.rms_norm(new_keys, k_norm.shape, k_norm, eps)
         rotated = torch.cat((q_normed, k_normed), dim=1)
@@ -80,10 +86,10 @@ def rotary_store(
 
 def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """heads: [T, heads, D]; computed in float32, returned in the dtype of `heads`."""
-    half = cos.shape[-1]
-    first, second, rest = heads.split([half, half, heads.shape[-1] - 2 * half], dim=-1)
-    pieces = [first * cos - second * sin, second * cos + first * sin]
-    return torch.cat([piece.to(heads.dtype) for piece in pieces] + ([rest] if rest.shape[-1] else []), dim=-1)
+    rotary_dim = cos.shape[-1]
+    turned = heads[..., :rotary_dim]
+    turned = torch.addcmul(turned * cos, turned.roll(rotary_dim // 2, dims=-1), sin).to(heads.dtype)
+    return turned if rotary_dim == heads.shape[-1] else torch.cat((turned, heads[..., rotary_dim:]), dim=-1)
 
 
 def attention(
@@ -103,4 +109,9 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def logits(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return functional.linear(rows, weight).to(torch.float32)
+    if weight.dtype == torch.float32:
+        return functional.linear(rows, weight)
+    # Logits rounded to bfloat16 would tie; a matrix product that returns float32 needs float32 inputs on a CPU.
+    rows = rows.to(torch.float32)
+    block = max(1, LOGITS_BLOCK // weight.shape[1])
+    return torch.cat([functional.linear(rows, part.to(torch.float32)) for part in weight.split(block)], dim=-1)

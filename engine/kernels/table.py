@@ -31,9 +31,12 @@ class RotaryFrequencies:
 class Ops(Protocol):
     """One implementation of the table. A step object is its own affair: a model only passes it on."""
 
-    def begin_step(self, batch: RaggedBatch, rotary: RotaryFrequencies, windows: tuple[int | None, ...]) -> Any:
+    def begin_step(
+        self, batch: RaggedBatch, rotary: RotaryFrequencies, kv_heads: int, windows: tuple[int | None, ...]
+    ) -> Any:
         """What all layers of a step share: rotary angles, and the layout of attention for each of `windows`.
 
+        kv_heads: K, the same in all layers.
         windows: the distinct values of `window` that `attention` will be called with in this step.
         """
         ...
@@ -97,5 +100,5 @@ class Ops(Protocol):
         ...
 
     def logits(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """rows [R, H] times the transpose of weight [V, H] → float32 [R, V]."""
+        """rows [R, H] times the transpose of weight [V, H] → float32 [R, V], not rounded to the weights' dtype."""
         ...

@@ -42,7 +42,8 @@ class Decoder:
     @torch.inference_mode()
     def hidden(self, batch: RaggedBatch, cache: KvCache) -> torch.Tensor:
         ops, weights, eps = self.ops, self.weights, self.config.rms_norm_eps
-        step = ops.begin_step(batch, self.rotary, tuple(dict.fromkeys(self.traits.windows)))
+        windows = tuple(dict.fromkeys(self.traits.windows))
+        step = ops.begin_step(batch, self.rotary, self.config.num_kv_heads, windows)
         x = ops.embedding(batch.token_ids, weights.embedding)
         residual: torch.Tensor | None = None
         for layer, window, keys, values in zip(
