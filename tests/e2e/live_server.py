@@ -54,7 +54,8 @@ def running_server(
         with log_path.open("wb") as log:
             launcher = subprocess.Popen(
                 [sys.executable, "-m", "engine", "serve", *words],
-                cwd=REPOSITORY, env=os.environ | (env or {}), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log,
+                cwd=REPOSITORY, env=os.environ | (env or {}), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                stderr=log,
             )  # fmt: skip
         try:
             server = _when_ready(launcher, log_path)
@@ -81,7 +82,9 @@ def _when_ready(launcher: subprocess.Popen[bytes], log_path: Path) -> LiveServer
             said += chunk
     url = _URL.search(said)
     assert url is not None, said
-    return LiveServer(url[1].decode(), {title.decode(): int(pid) for title, pid in _PID.findall(said)}, log_path, launcher)
+    return LiveServer(
+        url[1].decode(), {title.decode(): int(pid) for title, pid in _PID.findall(said)}, log_path, launcher
+    )
 
 
 def _end_and_check(server: LiveServer) -> None:
