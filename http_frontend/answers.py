@@ -14,14 +14,14 @@ import msgspec
 from engine.wire.results import Finish
 from http_frontend.errors import RefusedError
 from http_frontend.journal import Entry
-from http_frontend.logprobs import GrowingList, LogprobLists
+from http_frontend.logprobs import LogprobLists
 
 _encode = msgspec.json.encode
 
 DONE = b"data: [DONE]\n\n"
 
 _OBJECT = (
-    b'{%b"output_ids":[%b],%b"meta_info":{"id":%b,"finish_reason":%b,"prompt_tokens":%d,"weight_version":%b,'
+    b'{%b%b"output_ids":[%b],%b"meta_info":{"id":%b,"finish_reason":%b,"prompt_tokens":%d,"weight_version":%b,'
     b'"num_retractions":%d,"reasoning_tokens":0,"completion_tokens":%d,"cached_tokens":%d,'
     b'"cached_tokens_details":null,"dp_rank":null%b}}'
 )
@@ -46,14 +46,16 @@ class Writer:
 
     def __init__(self, entry: Entry, style: AnswerStyle) -> None:
         self._entry = entry
-        self._style = style
+        self._incremental = style.incremental
+        self._with_text = style.with_text
+        self._with_prompt = style.with_prompt
         self._open = b'"index":%d,' % entry.index if style.indexed else b""
         self._id = _encode(entry.generate.rid)
         self._weight_version = _encode(style.weight_version)
         self._texts_seen = 0
         self._ids_seen = 0
         self._text = b""
-        self._ids = GrowingList(style.incremental)
+        self._ids = b""
         self._prompt: bytes = b""
         self._first = True
         options = entry.generate.logprobs
@@ -61,25 +63,38 @@ class Writer:
         self._logprobs = LogprobLists(entry, options, with_text, style.incremental) if options else None
 
     def write(self) -> bytes:
-        """The object as JSON, of all that has come so far."""
+        """The object as JSON, of all that has come so far.
+
+        One long function: it runs once a token and stream, where each call costs as much as what it does.
+        """
         entry = self._entry
         output_ids = entry.output_ids
         count = len(output_ids)
-        ids = self._ids.extend(output_ids[self._ids_seen :])
-        self._ids_seen = count
+        if count > self._ids_seen:
+            new_ids = _encode(output_ids[self._ids_seen :])[1:-1]
+            self._ids = new_ids if self._incremental or not self._ids else b"%b,%b" % (self._ids, new_ids)
+            self._ids_seen = count
+        elif self._incremental:
+            self._ids = b""
+        texts = entry.texts
+        if len(texts) > self._texts_seen:
+            new_text = _encode("".join(texts[self._texts_seen :]))[1:-1]
+            self._text = new_text if self._incremental else self._text + new_text
+            self._texts_seen = len(texts)
+        elif self._incremental:
+            self._text = b""
         finish = entry.finish
-        extra = b""
-        if self._logprobs is not None:
-            extra = self._logprobs.fields()
+        extra = b"" if self._logprobs is None else self._logprobs.fields()
         if finish is not None:
             extra += b',"e2e_latency":%.6f' % (entry.finished - entry.arrived)
         if self._first:
             extra += b',"response_sent_to_client_ts":%.6f' % time.time()
             self._first = False
         return _OBJECT % (
-            self._text_field(),
-            ids,
-            self._prompt_field() if self._style.with_prompt else b"",
+            self._open,
+            b'"text":"%b",' % self._text if self._with_text else b"",
+            self._ids,
+            self._prompt_field() if self._with_prompt else b"",
             self._id,
             b"null" if finish is None else _encode(finish_reason(finish)),
             entry.prompt_tokens,
@@ -93,22 +108,9 @@ class Writer:
     def event(self) -> bytes:
         """The object as an event of a stream, or the error line of an entry that was refused at the door."""
         entry = self._entry
-        if entry.origin == "door" and entry.finish is not None and entry.finish.status == 400:
-            return error_event(entry.finish.message or "", entry.index if self._style.indexed else None)
+        if entry.finish is not None and entry.origin == "door" and entry.finish.status == 400:
+            return error_event(entry.finish.message or "", entry.index if self._open else None)
         return b"data: %b\n\n" % self.write()
-
-    def _text_field(self) -> bytes:
-        if not self._style.with_text:
-            return self._open
-        texts = self._entry.texts
-        new = b""
-        if len(texts) > self._texts_seen:
-            new = _encode("".join(texts[self._texts_seen :]))[1:-1]
-            self._texts_seen = len(texts)
-        if self._style.incremental:
-            return b'%b"text":"%b",' % (self._open, new)
-        self._text += new
-        return b'%b"text":"%b",' % (self._open, self._text)
 
     def _prompt_field(self) -> bytes:
         if not self._prompt and self._entry.prompt_ids:

@@ -34,12 +34,13 @@ class Frontend:
     """
 
     def __init__(self, run: RunConfig, context: zmq.Context[Any]) -> None:
+        preferred = read_preferred(run.server)
         self.run = run
         self.ring = Ring(context, run.runtime_dir)
         self.journal = self.ring.journal
         self.desk = Desk(
             run=run,
-            preferred=read_preferred(run.server),
+            preferred=preferred,
             next_key=self.ring.next_key,
             seeds=random.Random(run.server.random_seed),
             is_running=self.journal.is_running,

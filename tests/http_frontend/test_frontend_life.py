@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import ssl
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
-from fake_ring import LIMITS, Live, call, events, expected, live_frontend
+from fake_ring import LIMITS, REPOSITORY, Live, call, events, expected, live_frontend, run_config
 
+from engine.config import write_run_config
 from engine.wire.lifecycle import Serving
 from engine.wire.to_tokenizer import Generate
 
@@ -163,3 +167,16 @@ def test_tls(tmp_path: Path) -> None:
         trust = ssl.create_default_context(cafile=str(certificate))
         with httpx.Client(base_url=f"https://127.0.0.1:{live.port}", verify=trust) as client:
             assert client.post("/generate", json=call("ab", 3)).json()["text"] == expected("ab", 3)[0]
+
+
+def test_wrong_preferred_parameters_end_the_process_with_the_flags_name(tmp_path: Path) -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    write_run_config(run_config(str(tmp_path), os.getpid(), preferred_sampling_params={"top": 1}), tmp_path / "c")
+    command = [sys.executable, "-m", "http_frontend", "--config", str(tmp_path / "c"), "--fd", str(listener.fileno())]
+    with listener:
+        ended = subprocess.run(
+            command, cwd=REPOSITORY, pass_fds=(listener.fileno(),), capture_output=True, timeout=20, check=False
+        )
+    assert ended.returncode == 1
+    assert b"--preferred-sampling-params" in ended.stderr
+    assert b"Traceback" not in ended.stderr
