@@ -1,0 +1,65 @@
+"""The real tree: what a signal, a killed launcher and a killed child do to it and to a request in flight."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from live_server import END_TIMEOUT, PROCESSES, LiveServer, running_server
+
+LONG = {"text": "Once upon a time", "stream": True, "sampling_params": {"max_new_tokens": 150, "ignore_eos": True}}
+
+
+def chunks(answer: httpx.Response) -> Iterator[dict[str, Any]]:
+    for line in answer.iter_lines():
+        if line.startswith("data: {"):
+            yield json.loads(line.removeprefix("data: "))
+
+
+def children(server: LiveServer) -> list[psutil.Process]:
+    return [psutil.Process(pid) for title, pid in server.pids.items() if title != "launcher"]
+
+
+def test_a_signal_lets_running_requests_finish_and_refuses_new_ones() -> None:
+    with running_server() as server:
+        assert server.pids.keys() == PROCESSES
+        assert httpx.get(f"{server.url}/health", timeout=30).status_code == 200
+        assert httpx.get(f"{server.url}/v1/models", timeout=30).json()["data"][0]["id"] == "SmolLM2-135M-Instruct"
+        with httpx.stream("POST", f"{server.url}/generate", json=LONG, timeout=120) as answer:
+            stream = chunks(answer)
+            last = next(stream)
+            server.launcher.send_signal(signal.SIGTERM)
+            refused = httpx.post(f"{server.url}/generate", json={"text": "a"}, timeout=60)
+            while refused.status_code == 200:  # it came before the signal had reached the frontend
+                refused = httpx.post(f"{server.url}/generate", json={"text": "a"}, timeout=60)
+            assert refused.status_code == 503
+            assert httpx.get(f"{server.url}/health", timeout=30).status_code == 503
+            for last in stream:  # noqa: B007
+                pass
+        assert last["meta_info"]["completion_tokens"] == 150
+        assert last["meta_info"]["finish_reason"]["type"] == "length"
+        assert server.launcher.wait(END_TIMEOUT) == 0
+
+
+def test_a_killed_launcher_takes_every_process_along() -> None:
+    with running_server("--skip-server-warmup") as server:
+        family = children(server)
+        os.kill(server.pids["launcher"], signal.SIGKILL)
+        _, alive = psutil.wait_procs(family, timeout=10)
+        assert not alive
+
+
+@pytest.mark.parametrize("title", sorted(PROCESSES - {"launcher"}))
+def test_a_killed_process_ends_the_server_and_is_named(title: str) -> None:
+    with running_server("--skip-server-warmup") as server:
+        family = children(server)
+        os.kill(server.pids[title], signal.SIGKILL)
+        assert server.launcher.wait(END_TIMEOUT) == 1
+        assert f"error: {title} (pid {server.pids[title]}) was killed by SIGKILL" in server.log()
+        assert not [process for process in family if process.is_running()]
