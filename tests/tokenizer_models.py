@@ -92,7 +92,7 @@ def word_piece() -> Tokenizer:
     return backend
 
 
-def train_sentencepiece(folder: Path, kind: str) -> Path:
+def train_sentencepiece(folder: Path, kind: str, *, prefix: bool = True) -> Path:
     """A folder that has only a sentencepiece `tokenizer.model`, "bpe" or "unigram", with byte fallback."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "corpus.txt").write_text("\n".join(line for text in CORPUS for line in text.split("\n")))
@@ -104,6 +104,7 @@ def train_sentencepiece(folder: Path, kind: str) -> Path:
         byte_fallback=True,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
+        add_dummy_prefix=prefix,
         hard_vocab_limit=False,
         minloglevel=2,
     )

@@ -118,13 +118,25 @@ class _Metadata:
 
 def _byte_level(reader: _Metadata) -> tokenizers.Tokenizer:
     pre = reader.get("pre", str, "default")
-    merges = [tuple(merge.split(" ", 1)) for merge in reader.need("merges", list)]
-    backend = tokenizers.Tokenizer(models.BPE(vocab=reader.vocab(), merges=merges, ignore_merges=pre in IGNORES_MERGES))
+    vocab = reader.vocab()
+    merges = _checked_merges(reader, vocab)
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in IGNORES_MERGES))
     if pre in NFC_NORMALIZED:
         backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizer(pre, reader.path)
     backend.decoder = decoders.ByteLevel()
     return backend
+
+
+def _checked_merges(reader: _Metadata, vocab: dict[str, int]) -> list[tuple[str, str]]:
+    """The merges as pairs. The tokenizers package panics on a merge whose result is no token, so they are checked."""
+    merges: list[tuple[str, str]] = []
+    for merge in reader.need("merges", list):
+        left, blank, right = merge.partition(" ")
+        if not blank or left + right not in vocab:
+            raise CheckpointError(f"{reader.path}: tokenizer.ggml.merges has {merge!r}, which makes no token")
+        merges.append((left, right))
+    return merges
 
 
 def _sentencepiece(reader: _Metadata) -> tokenizers.Tokenizer:
