@@ -98,5 +98,5 @@ class RequestText:
             return text, Finish("abort", message=str(error), status=400)
         if pattern is None:
             return None
-        literal = -1 if self._no_stop_trim else text.find(pattern)
+        literal = -1 if self._no_stop_trim or not pattern else text.find(pattern)
         return text if literal < 0 else text[:literal], Finish("stop", matched=pattern)
