@@ -83,7 +83,7 @@ class SafetensorsReader:
         for start in range(0, place.shape[0], step):
             piece = rows[start : start + step]
             target[start : start + step].copy_(piece.view(piece.shape[0], *target.shape[1:]))
-            place.file.forget(place.offset + start * row_bytes, step * row_bytes)
+            place.file.forget(place.offset + start * row_bytes, piece.shape[0] * row_bytes)
         place.file.forget(place.offset, place.size)
 
 
