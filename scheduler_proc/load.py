@@ -13,7 +13,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from engine.checkpoints.load import load_weights, open_weights, random_weights
+from engine.checkpoints.load_weights import load_weights, open_weights, random_weights
 from engine.checkpoints.model_config import ModelConfig
 from engine.checkpoints.read_config import read_model_config
 from engine.config import ConfigError, RunConfig, ServerConfig
@@ -107,7 +107,7 @@ def fill_weights(model: Model, config: RunConfig, model_config: ModelConfig) -> 
         load_weights(reader, model.places, ignore=model.ignored, progress=lambda done, _: _advance(bar, done))
 
 
-def _advance(bar: tqdm, done: int) -> None:  # type: ignore[type-arg]
+def _advance(bar: tqdm, done: int) -> None:
     bar.update(done - bar.n)
 
 

@@ -59,12 +59,13 @@ class Extend:
 
 @dataclass(slots=True)
 class Planner:
-    """The queues. `waiting` is in order of arrival, `running` in order of admission."""
+    """The queues: `waiting` in order of arrival, `running` in order of admission. `preemptions`: since the start."""
 
     limits: PlannerLimits
     memory: KvMemory
     waiting: list[Request] = field(default_factory=list)
     running: list[Request] = field(default_factory=list)
+    preemptions: int = 0
 
     def plan(self) -> tuple[list[Extend], list[Request]]:
         """Plan one step and take its slots. Returns the step and the requests that can never be served (a lone
@@ -92,6 +93,7 @@ class Planner:
         self.running.remove(request)
         self.memory.release(request)
         request.retractions += 1
+        self.preemptions += 1
         position = next((i for i, other in enumerate(self.waiting) if other.number > request.number), None)
         self.waiting.insert(len(self.waiting) if position is None else position, request)
 

@@ -130,7 +130,7 @@ class Scheduler:
             "num_used_tokens": memory.pool.size - memory.available,
             "num_cached_tokens": memory.tree.token_count,
             "num_free_tokens": memory.pool.free_count,
-            "num_retractions": self.statistics.retractions(self.planner),
+            "num_retractions": self.planner.preemptions,
         }
 
     def _admit(self, admit: Admit) -> None:

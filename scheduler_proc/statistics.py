@@ -47,7 +47,3 @@ class Statistics:
             )  # fmt: skip
             self._steps = self._tokens = 0
             self._since = now
-
-    def retractions(self, planner: Planner) -> int:
-        """Preemptions of the requests that are in the scheduler now."""
-        return sum(request.retractions for request in [*planner.running, *planner.waiting])

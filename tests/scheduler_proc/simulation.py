@@ -98,21 +98,38 @@ def simulated_scheduler(pool: int, *, reuse: bool = True, **limits: Any) -> tupl
     cache = SimpleNamespace(
         tokens=torch.full((pool,), -1, dtype=torch.int64), positions=torch.full((pool,), -1, dtype=torch.int64)
     )
+    longest = min(200, pool) - 1
+    scheduler, sent = scheduler_over(model, cache, pool, longest=longest, eos_ids=[EOS], reuse=reuse, **limits)
+    return scheduler, sent, model
+
+
+def scheduler_over(
+    model: Any, cache: Any, pool: int, *, longest: int, eos_ids: list[int], reuse: bool = True, **limits: Any
+) -> tuple[Scheduler, Sent]:
+    """A scheduler over a model and its KV pool, without processes or sockets."""
     sent = Sent()
     defaults: dict[str, Any] = {"prefill_budget": 16, "chunked": True, "max_running": 8}
     scheduler = Scheduler(
         settings=SchedulerSettings(
-            eos_ids=[EOS], longest=min(200, pool) - 1, max_input=min(200, pool) - 6, max_queued=None, truncate=False,
-            refuse_priority=False, original_logprobs=False, waiting_timeout=None, running_timeout=None, strict=True,
+            eos_ids=eos_ids,
+            longest=longest,
+            max_input=longest - 5,
+            max_queued=None,
+            truncate=False,
+            refuse_priority=False,
+            original_logprobs=False,
+            waiting_timeout=None,
+            running_timeout=None,
+            strict=True,
             report={},
         ),
         planner=Planner(PlannerLimits(**(defaults | limits)), KvMemory(pool, reuse=reuse)),
-        runner=Runner(model, cache),  # type: ignore[arg-type]
+        runner=Runner(model, cache),
         inbox=None,  # type: ignore[arg-type]
         outbox=sent,  # type: ignore[arg-type]
         statistics=Statistics(10**9),
-    )  # fmt: skip
-    return scheduler, sent, model
+    )
+    return scheduler, sent
 
 
 def admit(

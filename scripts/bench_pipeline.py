@@ -1,0 +1,59 @@
+"""What the pipeline costs: CPU time per streamed token of every process but the scheduler.
+
+python -m scripts.bench_pipeline [--streams 32] [--tokens 128] [--incremental] [--model PATH]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import time
+
+import psutil
+
+from scripts.live import Server, serving, stream
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--streams", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--incremental", action="store_true")
+    parser.add_argument("--model", default=None)
+    options = parser.parse_args()
+    flags = ["--incremental-streaming-output"] if options.incremental else []
+    flags += ["--model-path", options.model] if options.model else []
+    with serving(*flags) as server:
+        asyncio.run(_round(server, options.streams, 8))
+        for _ in range(options.rounds):
+            before = _cpu(server)
+            started = time.monotonic()
+            asyncio.run(_round(server, options.streams, options.tokens))
+            wall = time.monotonic() - started
+            count = options.streams * options.tokens
+            spent = {name: 1e6 * (seconds - before[name]) / count for name, seconds in _cpu(server).items()}
+            outside = sum(cost for name, cost in spent.items() if not name.startswith("scheduler"))
+            parts = ", ".join(f"{name} {cost:.1f}" for name, cost in spent.items())
+            print(f"{count / wall:.0f} tok/s; CPU µs per streamed token outside the scheduler: {outside:.1f} ({parts})")
+
+
+async def _round(server: Server, streams: int, tokens: int) -> None:
+    bodies = [
+        {
+            "text": f"Story number {i}: once upon a time",
+            "sampling_params": {"max_new_tokens": tokens, "ignore_eos": True, "temperature": 0.8, "sampling_seed": i},
+        }
+        for i in range(streams)
+    ]
+    await asyncio.gather(*(stream(server, body) for body in bodies))
+
+
+def _cpu(server: Server) -> dict[str, float]:
+    """CPU seconds of each process, the launcher included."""
+    processes = {"launcher": psutil.Process(server.pid), **server.processes()}
+    return {name: sum(process.cpu_times()[:2]) for name, process in processes.items()}
+
+
+if __name__ == "__main__":
+    main()
