@@ -150,7 +150,7 @@ def _tokenizer_in_folder(name: str, folder: Path) -> ModelSource:
 
 def _only_gguf(name: str, folder: Path, ggufs: list[Path], missing: str) -> ModelSource:
     if not ggufs:
-        raise CheckpointError(f"{folder} holds neither {missing} nor a .gguf file")
+        raise CheckpointError(f"{folder} holds no {missing} and no .gguf file")
     if len(ggufs) > 1:
         names = ", ".join(file.name for file in ggufs[:8])
         raise CheckpointError(f"{folder} holds {len(ggufs)} .gguf files and no {missing}; name one of them: {names}")
