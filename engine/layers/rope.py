@@ -1,4 +1,4 @@
-"""Rotary frequencies and their scaling: default, linear, llama3 and yarn."""
+"""Rotary frequencies and their scaling: default, linear, llama3, yarn, and factors as GGUF files carry them."""
 
 from __future__ import annotations
 
@@ -32,6 +32,12 @@ def rotary_frequencies(config: ModelConfig, device: torch.device | str) -> Rotar
         case "yarn":
             inverse = _yarn(rope, dim, original)
             factor = _yarn_attention_factor(rope)
+    if rope.frequency_factors is not None:
+        if len(rope.frequency_factors) != dim // 2:
+            raise CheckpointError(
+                f"{len(rope.frequency_factors)} rotary frequency factors do not fit {dim // 2} frequencies"
+            )
+        inverse = inverse / torch.tensor(rope.frequency_factors, dtype=torch.float32)
     return RotaryFrequencies(inverse=inverse.to(device), factor=factor)
 
 

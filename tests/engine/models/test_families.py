@@ -1,0 +1,224 @@
+"""Every family against `transformers` in float32, at every position, however its tokens are cut into steps."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_models import load_oracle, tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3
+
+from engine.checkpoints.model_config import ModelConfig
+from engine.checkpoints.read_config import read_model_config
+from engine.config import ModelSource
+from engine.kernels import reference
+from engine.kernels.batch import RaggedBatch, offsets
+from engine.kernels.kv_cache import allocate_kv_cache
+from engine.models.model import Model
+from engine.models.registry import build_model
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.5}
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 32}
+
+CASES: dict[str, tuple[Callable[..., Path], dict[str, Any]]] = {
+    "llama": (tiny_llama, {}),
+    "llama tied, wide heads": (tiny_llama, {"tie_word_embeddings": True, "head_dim": 14}),
+    "llama biases": (tiny_llama, {"attention_bias": True, "mlp_bias": True}),
+    "llama linear": (tiny_llama, {"rope_parameters": LINEAR}),
+    "llama llama3": (tiny_llama, {"rope_parameters": LLAMA3, "head_dim": 16}),
+    "llama yarn": (tiny_llama, {"rope_parameters": YARN, "head_dim": 16}),
+    "mistral": (tiny_mistral, {}),
+    "mistral without window": (tiny_mistral, {"sliding_window": None}),
+    "qwen2": (tiny_qwen2, {}),
+    "qwen2 mixed windows": (
+        tiny_qwen2,
+        {"use_sliding_window": True, "sliding_window": 5, "layer_types": [SLIDING, FULL, SLIDING]},
+    ),
+    "qwen3": (tiny_qwen3, {}),
+    "qwen3 biases, windows, tied": (
+        tiny_qwen3,
+        {"attention_bias": True, "tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 9,
+         "max_window_layers": 1},
+    ),
+}  # fmt: skip
+POOL = 256
+
+
+@dataclass
+class Sequence:
+    """A sequence on its way through the model. The first `shared` slots are those of `donor`."""
+
+    tokens: torch.Tensor
+    slots: torch.Tensor
+    donor: Sequence | None = None
+    shared: int = 0
+    done: int = 0
+    hidden: list[torch.Tensor] = field(default_factory=list)
+
+
+@dataclass
+class Case:
+    model: Model
+    oracle: Any
+
+    def expected(self, sequence: Sequence) -> torch.Tensor:
+        with torch.no_grad():
+            return self.oracle(sequence.tokens[None]).logits[0]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    write, overrides = CASES[request.param]
+    path = write(tmp_path_factory.mktemp("model"), **overrides)
+    oracle = load_oracle(path)
+    return Case(filled_model(config_of(path), oracle, torch.float32), oracle)
+
+
+def config_of(path: Path) -> ModelConfig:
+    return read_model_config(ModelSource(name="tiny", kind="folder", path=str(path)))
+
+
+def filled_model(config: ModelConfig, oracle: Any, dtype: torch.dtype) -> Model:
+    """Our model with the oracle's weights; every name and shape must match."""
+    model = build_model(config, dtype=dtype, device="cpu", ops=reference)
+    ignored = re.compile("|".join(model.ignored))
+    weights = {name: tensor for name, tensor in oracle.state_dict().items() if not ignored.search(name)}
+    assert {name: tensor.shape for name, tensor in weights.items()} == {
+        name: place.shape for name, place in model.places.items()
+    }
+    for place in model.places.values():
+        place.fill_(torch.nan)
+    for name, tensor in weights.items():
+        model.places[name].copy_(tensor)
+    assert not any(place.isnan().any() for place in model.places.values()), "places overlap"
+    return model
+
+
+def run_step(model: Model, cache: Any, plan: list[tuple[Sequence, int]]) -> None:
+    """Compute the next `count` tokens of each sequence in one step."""
+    stops = [sequence.done + count for sequence, count in plan]
+    news = [slice(sequence.done, stop) for (sequence, _), stop in zip(plan, stops, strict=True)]
+    pieces = list(zip((sequence for sequence, _ in plan), news, strict=True))
+    lengths = tuple(stops)
+    batch = RaggedBatch(
+        token_ids=torch.cat([sequence.tokens[new] for sequence, new in pieces]),
+        positions=torch.cat([torch.arange(new.start, new.stop) for _, new in pieces]),
+        slots=torch.cat([sequence.slots[new] for sequence, new in pieces]),
+        query_starts=offsets(tuple(count for _, count in plan)),
+        context_lengths=lengths,
+        context_slots=torch.cat([sequence.slots[: new.stop] for sequence, new in pieces]),
+        context_starts=offsets(lengths),
+    )
+    hidden = model.hidden(batch, cache)
+    assert hidden.shape == (batch.num_tokens, model.config.hidden_size)
+    for (sequence, new), start in zip(pieces, batch.query_starts, strict=False):
+        sequence.hidden.append(hidden[start : start + new.stop - new.start])
+        sequence.done = new.stop
+
+
+def empty_cache(model: Model, dtype: torch.dtype = torch.float32) -> Any:
+    """A pool of NaN: whatever is read before it was written shows."""
+    cache = allocate_kv_cache(model.config, POOL, dtype, "cpu")
+    cache.keys.fill_(torch.nan)
+    cache.values.fill_(torch.nan)
+    return cache
+
+
+def random_sequences(model: Model, lengths: list[int], shares: list[int], seed: int) -> list[Sequence]:
+    """Sequences in scattered slots; each after the first begins with as much of the first as `shares` says."""
+    generator = torch.Generator().manual_seed(seed)
+    free = torch.randperm(POOL, generator=generator)
+    sequences: list[Sequence] = []
+    for length, share in zip(lengths, shares, strict=True):
+        tokens = torch.randint(model.config.vocab_size, (length,), generator=generator)
+        slots, free = free[:length], free[length:]
+        donor = sequences[0] if sequences else None
+        shared = min(share, length - 1, len(donor.tokens)) if donor else 0
+        if donor:
+            tokens[:shared], slots = donor.tokens[:shared], torch.cat((donor.slots[:shared], slots[shared:]))
+        sequences.append(Sequence(tokens, slots, donor, shared, done=shared))
+    return sequences
+
+
+def check(case: Case, sequences: list[Sequence], tolerance: float = 1e-4) -> None:
+    for sequence in sequences:
+        logits = case.model.logits(torch.cat(sequence.hidden))
+        assert logits.dtype == torch.float32
+        torch.testing.assert_close(logits, case.expected(sequence)[sequence.shared :], atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("chunk", [1, 40, 7], ids=["token by token", "at once", "in chunks"])
+def test_one_sequence(case: Case, chunk: int) -> None:
+    sequences = random_sequences(case.model, [40], [0], seed=chunk)
+    cache = empty_cache(case.model)
+    while sequences[0].done < 40:
+        run_step(case.model, cache, [(sequences[0], min(chunk, 40 - sequences[0].done))])
+    check(case, sequences)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_ragged_batches(case: Case, data: st.DataObject) -> None:
+    """Any company, any cut into steps, prefixes shared also with what the same step computes."""
+    count = data.draw(st.integers(1, 6), "sequences")
+    lengths = data.draw(st.lists(st.integers(1, 40), min_size=count, max_size=count), "lengths")
+    shares = data.draw(st.lists(st.sampled_from([0, 0, 3, 12]), min_size=count, max_size=count), "shares")
+    sequences = random_sequences(case.model, lengths, shares, seed=data.draw(st.integers(0, 99), "seed"))
+    cache = empty_cache(case.model)
+    while any(sequence.done < len(sequence.tokens) for sequence in sequences):
+        plan: list[tuple[Sequence, int]] = []
+        ahead = {id(sequence): sequence.done for sequence in sequences}
+        for sequence in sequences:
+            left = len(sequence.tokens) - sequence.done
+            if left == 0 or (sequence.donor and ahead[id(sequence.donor)] < sequence.shared):
+                continue
+            wanted = data.draw(st.sampled_from([40, 11, 2, 1, 1, 0]), "new tokens")
+            if wanted:
+                plan.append((sequence, min(wanted, left)))
+                ahead[id(sequence)] += plan[-1][1]
+        if plan:
+            run_step(case.model, cache, data.draw(st.permutations(plan), "order"))
+    check(case, sequences)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(case: Case, dtype: torch.dtype) -> None:
+    """No further from the float32 result than `transformers` itself comes in that dtype."""
+    model = filled_model(case.model.config, case.oracle, dtype)
+    sequences = random_sequences(model, [40, 25, 31], [0, 6, 0], seed=5)
+    cache = empty_cache(model, dtype)
+    run_step(model, cache, [(sequences[0], 33), (sequences[1], 19), (sequences[2], 24)])
+    for _ in range(7):
+        run_step(model, cache, [(s, 1) for s in sequences if s.done < len(s.tokens)])
+    half_oracle = type(case.oracle)(case.oracle.config).to(dtype).eval()
+    half_oracle.load_state_dict(case.oracle.state_dict())
+    for sequence in sequences:
+        logits, exact = model.logits(torch.cat(sequence.hidden)), case.expected(sequence)[sequence.shared :]
+        with torch.no_grad():
+            theirs = half_oracle(sequence.tokens[None]).logits[0, sequence.shared :].float()
+        assert (logits - exact).square().mean() <= 1.5 * (theirs - exact).square().mean()
+
+
+def test_weight_bytes_are_the_weights(case: Case) -> None:
+    places = case.model.places
+    storages = {place.untyped_storage().data_ptr(): place.untyped_storage().nbytes() for place in places.values()}
+    assert case.model.weight_bytes == sum(storages.values()) == sum(4 * place.numel() for place in places.values())

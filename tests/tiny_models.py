@@ -1,0 +1,71 @@
+"""Checkpoints small enough to make in a test: random models of each family, in Hugging Face folders with a tokenizer.
+
+The weights are drawn wide (`transformers` would draw them so narrow that attention hardly matters), so that a wrong
+mask, rotation or bias shows in the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizer_models import byte_level, write_folder
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+SHAPE = {"num_hidden_layers": 3, "max_position_embeddings": 1024, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def tiny_llama(path: Path, **overrides: Any) -> Path:
+    """LlamaForCausalLM, 9 heads over 3, untied; `overrides` are fields of its config. Returns `path`."""
+    shape = {"hidden_size": 72, "intermediate_size": 100, "num_attention_heads": 9, "num_key_value_heads": 3}
+    return _write(path, LlamaConfig, {**shape, **overrides})
+
+
+def tiny_mistral(path: Path, **overrides: Any) -> Path:
+    """MistralForCausalLM, 4 heads over 1 that are wider than hidden / heads, a window of 7 tokens in all layers."""
+    shape = {"hidden_size": 40, "intermediate_size": 72, "num_attention_heads": 4, "num_key_value_heads": 1}
+    return _write(path, MistralConfig, {**shape, "head_dim": 18, "sliding_window": 7, **overrides})
+
+
+def tiny_qwen2(path: Path, **overrides: Any) -> Path:
+    """Qwen2ForCausalLM, 7 heads over 7, no window, tied."""
+    shape = {"hidden_size": 56, "intermediate_size": 90, "num_attention_heads": 7, "num_key_value_heads": 7}
+    return _write(path, Qwen2Config, {**shape, "tie_word_embeddings": True, **overrides})
+
+
+def tiny_qwen3(path: Path, **overrides: Any) -> Path:
+    """Qwen3ForCausalLM, 6 heads over 2 that are wider than hidden / heads, no window, untied."""
+    shape = {"hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 6, "num_key_value_heads": 2}
+    return _write(path, Qwen3Config, {**shape, "head_dim": 12, **overrides})
+
+
+def load_oracle(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The checkpoint as `transformers` has it, with its plainest attention."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager").eval()
+
+
+def _write(path: Path, config_class: Callable[..., PreTrainedConfig], fields: dict[str, Any]) -> Path:
+    backend = byte_level()
+    config = config_class(vocab_size=backend.get_vocab_size(), **{**SHAPE, **fields})
+    model = AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(20)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.uniform_(0.6, 1.4, generator=generator)
+            elif parameter.dim() == 1:
+                parameter.normal_(0, 0.3, generator=generator)
+            else:
+                parameter.normal_(0, 1.3 * parameter.shape[1] ** -0.5, generator=generator)
+    model.save_pretrained(path)
+    return write_folder(path, backend)
