@@ -190,5 +190,5 @@ def test_what_is_wrong_is_named(data: bytes, message: str) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="nothing.gguf: cannot be read: No such file"):
+    with pytest.raises(CheckpointError, match=r"nothing\.gguf: cannot be read: No such file"):
         read_gguf_header(tmp_path / "nothing.gguf")
