@@ -7,7 +7,7 @@ import logging
 from starlette.requests import Request
 from starlette.responses import Response
 
-from http_frontend.environment import number, switch
+from engine.config.environment import number, switch
 from http_frontend.frontend import Frontend
 
 log = logging.getLogger(__name__)

@@ -6,9 +6,9 @@ import asyncio
 import uuid
 from array import array
 
+from engine.config.environment import number
 from engine.wire.sampling import Sampling, TextOptions
 from engine.wire.to_tokenizer import Generate
-from http_frontend.environment import number
 from http_frontend.journal import Entry
 from http_frontend.ring import Ring
 

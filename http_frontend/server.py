@@ -14,9 +14,9 @@ import uvloop
 import zmq
 
 from engine.config import RunConfig, ServerConfig
+from engine.config.environment import number
 from engine.wire.process import report_ready
 from http_frontend.app import build_app
-from http_frontend.environment import number
 from http_frontend.frontend import Frontend
 
 _CLOSING_SECONDS = 5

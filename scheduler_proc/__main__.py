@@ -1,111 +1,15 @@
 """`python -m scheduler_proc --config FILE --rank 0`: load the model, then schedule and compute until ended."""
 
-from __future__ import annotations
-
+import os
 import time
 
 STARTED = time.monotonic()
 
-import sys  # noqa: E402
-
-import msgspec  # noqa: E402
-import zmq  # noqa: E402
-
-from engine.checkpoints.errors import CheckpointError  # noqa: E402
-from engine.config import ConfigError, RunConfig  # noqa: E402
-from engine.config.environment import switch, time_limit  # noqa: E402
-from engine.wire.process import arguments, begin, report_ready  # noqa: E402
-from engine.wire.sockets import Inbox, Outbox  # noqa: E402
-from engine.wire.to_scheduler import ToScheduler  # noqa: E402
-from scheduler_proc.kv_memory import KvMemory  # noqa: E402
-from scheduler_proc.load import Engine, load_engine, longest_request  # noqa: E402
-from scheduler_proc.planner import Planner, PlannerLimits  # noqa: E402
-from scheduler_proc.runner import Runner  # noqa: E402
-from scheduler_proc.scheduler import Scheduler, SchedulerSettings  # noqa: E402
-from scheduler_proc.statistics import Statistics  # noqa: E402
-
-NAME = "scheduler"
-
-
-def main() -> None:
-    options = arguments("Tokenmill's scheduler and model worker", rank=True)
-    config = begin(options.config, f"scheduler tp{options.rank}")
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    inbox: Inbox[ToScheduler] = Inbox(context, config.runtime_dir, NAME, ToScheduler)
-    try:
-        engine = load_engine(config, started=STARTED)
-    except (CheckpointError, ConfigError) as error:
-        sys.exit(f"error: {error}")
-    scheduler = Scheduler(
-        settings=settings(config, engine),
-        planner=Planner(planner_limits(config, engine), memory(config, engine)),
-        runner=Runner(engine.model, engine.cache),
-        inbox=inbox,
-        outbox=Outbox(context, config.runtime_dir, "detokenizer"),
-        statistics=Statistics(config.server.decode_log_interval),
-    )
-    report_ready(context, config, NAME, engine.limits)
-    scheduler.loop()
-
-
-def memory(config: RunConfig, engine: Engine) -> KvMemory:
-    return KvMemory(engine.limits.max_total_num_tokens, reuse=not config.server.disable_radix_cache)
-
-
-def planner_limits(config: RunConfig, engine: Engine) -> PlannerLimits:
-    server = config.server
-    chunk = engine.limits.chunked_prefill_size
-    return PlannerLimits(
-        prefill_budget=chunk if chunk > 0 else server.max_prefill_tokens,
-        chunked=chunk > 0,
-        max_running=engine.limits.max_running_requests,
-        max_prefills=server.prefill_max_requests,
-        longest_prefix_first=server.schedule_policy == "lpm",
-        priorities=server.enable_priority_scheduling,
-        low_first=server.schedule_low_priority_values_first,
-        default_priority=server.default_priority_value or 0,
-    )
-
-
-def settings(config: RunConfig, engine: Engine) -> SchedulerSettings:
-    server, limits = config.server, engine.limits
-    return SchedulerSettings(
-        eos_ids=config.facts.eos_ids,
-        longest=longest_request(config.facts.context_length, limits.max_total_num_tokens),
-        max_input=limits.max_req_input_len,
-        max_queued=server.max_queued_requests,
-        truncate=server.allow_auto_truncate,
-        refuse_priority=server.abort_on_priority_when_disabled and not server.enable_priority_scheduling,
-        original_logprobs=switch("RETURN_ORIGINAL_LOGPROB"),
-        waiting_timeout=time_limit("REQ_WAITING_TIMEOUT"),
-        running_timeout=time_limit("REQ_RUNNING_TIMEOUT"),
-        strict=switch("STRICT"),
-        report=report(config, engine),
-    )
-
-
-def report(config: RunConfig, engine: Engine) -> dict[str, object]:
-    """The part of `/server_info`'s internal state that does not change (contract §3.2)."""
-    limits = engine.limits
-    return {
-        "effective_max_running_requests_per_dp": limits.max_running_requests,
-        "memory_usage": {
-            "weight": round(limits.weight_gb, 3),
-            "kvcache": round(limits.kvcache_gb, 3),
-            "startup_available": round(limits.available_gb, 3),
-            "token_capacity": limits.max_total_num_tokens,
-            "graph": {},
-        },
-        "world_size": config.server.tp_size,
-        "startup_time": round(time.monotonic() - STARTED, 3),
-        "load_seconds": msgspec.to_builtins(limits.load_seconds),
-        "disaggregation_mode": config.server.disaggregation_mode,
-        "decode_cuda_graph_bs": [],
-        "decode_cuda_graph_memory_gb": 0.0,
-        "dp_size": 1,
-        "attn_dp_size": 1,
-    }
-
+# Torch's threads meet at a barrier after every op. With the default they spin there for milliseconds, which takes the
+# core from the very thread they wait for whenever another process wants one: steps became 5 to 20 times slower.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 if __name__ == "__main__":
-    main()
+    from scheduler_proc.start import main
+
+    main(STARTED)

@@ -103,12 +103,15 @@ def fill_weights(model: Model, config: RunConfig, model_config: ModelConfig) -> 
         random_weights(model.places, seed=config.server.random_seed or 0)
         return
     reader = open_weights(config.model, model_config)
-    with tqdm(total=len(model.places), desc="Loading weights", disable=not config.progress_bar, file=sys.stderr) as bar:
-        load_weights(reader, model.places, ignore=model.ignored, progress=lambda done, _: _advance(bar, done))
+    with tqdm(
+        desc="Loading weights", unit="B", unit_scale=True, disable=not config.progress_bar, file=sys.stderr
+    ) as bar:
 
+        def advance(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
 
-def _advance(bar: tqdm, done: int) -> None:
-    bar.update(done - bar.n)
+        load_weights(reader, model.places, ignore=model.ignored, progress=advance)
 
 
 def pool_size(server: ServerConfig, context: int, token_bytes: int, weight_bytes: int, available: int) -> int:

@@ -11,7 +11,8 @@ import time
 
 import psutil
 
-from scripts.live import Server, serving, stream
+from scripts.client import stream
+from scripts.live_server import LiveServer, running_server
 
 
 def main() -> None:
@@ -23,8 +24,7 @@ def main() -> None:
     parser.add_argument("--model", default=None)
     options = parser.parse_args()
     flags = ["--incremental-streaming-output"] if options.incremental else []
-    flags += ["--model-path", options.model] if options.model else []
-    with serving(*flags) as server:
+    with running_server("--log-level", "warning", *flags, model=options.model) as server:
         asyncio.run(_round(server, options.streams, 8))
         for _ in range(options.rounds):
             before = _cpu(server)
@@ -38,7 +38,7 @@ def main() -> None:
             print(f"{count / wall:.0f} tok/s; CPU µs per streamed token outside the scheduler: {outside:.1f} ({parts})")
 
 
-async def _round(server: Server, streams: int, tokens: int) -> None:
+async def _round(server: LiveServer, streams: int, tokens: int) -> None:
     bodies = [
         {
             "text": f"Story number {i}: once upon a time",
@@ -46,13 +46,12 @@ async def _round(server: Server, streams: int, tokens: int) -> None:
         }
         for i in range(streams)
     ]
-    await asyncio.gather(*(stream(server, body) for body in bodies))
+    await asyncio.gather(*(stream(server.url, body) for body in bodies))
 
 
-def _cpu(server: Server) -> dict[str, float]:
+def _cpu(server: LiveServer) -> dict[str, float]:
     """CPU seconds of each process, the launcher included."""
-    processes = {"launcher": psutil.Process(server.pid), **server.processes()}
-    return {name: sum(process.cpu_times()[:2]) for name, process in processes.items()}
+    return {title: sum(psutil.Process(pid).cpu_times()[:2]) for title, pid in server.pids.items()}
 
 
 if __name__ == "__main__":

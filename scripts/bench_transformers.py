@@ -16,7 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from engine.checkpoints.locate import locate
-from scripts.live import Server, serving
+from scripts.client import generate
+from scripts.live_server import LiveServer, running_server
 
 
 def main() -> None:
@@ -38,7 +39,7 @@ def main() -> None:
         for round_number in range(options.rounds):
             prompts = _prompts(count, options.prompt_tokens, round_number)
             theirs.append(_transformers(model, prompts, options.tokens))
-        with serving("--dtype", options.dtype) as server:
+        with running_server("--log-level", "warning", "--dtype", options.dtype) as server:
             _tokenmill(server, _prompts(count, options.prompt_tokens, 99), 8)
             for round_number in range(options.rounds):
                 ours.append(_tokenmill(server, _prompts(count, options.prompt_tokens, round_number), options.tokens))
@@ -66,12 +67,12 @@ def _transformers(model: Any, prompts: list[list[int]], tokens: int) -> float:
     return len(prompts) * tokens / (time.monotonic() - started)
 
 
-def _tokenmill(server: Server, prompts: list[list[int]], tokens: int) -> float:
+def _tokenmill(server: LiveServer, prompts: list[list[int]], tokens: int) -> float:
     parameters = {"max_new_tokens": tokens, "ignore_eos": True, "temperature": 0}
     started = time.monotonic()
     with ThreadPoolExecutor(len(prompts)) as pool:
         answers = list(
-            pool.map(lambda ids: server.post("/generate", {"input_ids": ids, "sampling_params": parameters}), prompts)
+            pool.map(lambda ids: generate(server.url, {"input_ids": ids, "sampling_params": parameters}), prompts)
         )
     assert all(answer["meta_info"]["completion_tokens"] == tokens for answer in answers)
     return len(prompts) * tokens / (time.monotonic() - started)

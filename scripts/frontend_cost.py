@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 import zmq
 
 from engine.config import ModelFacts, ModelSource, RunConfig, ServerConfig, write_run_config

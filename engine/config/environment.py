@@ -13,9 +13,15 @@ def setting(name: str) -> str | None:
 
 
 def switch(name: str, default: bool = False) -> bool:
-    """A yes/no setting."""
+    """A switch: 1, true, yes, y, t or on; 0, false, no, n, f or off. Raises ValueError naming it on any other word."""
     value = setting(name)
-    return default if value is None else value.lower() in ("1", "true", "yes", "on", "y", "t")
+    if value is None:
+        return default
+    if value.lower() in ("1", "true", "yes", "y", "t", "on"):
+        return True
+    if value.lower() in ("0", "false", "no", "n", "f", "off"):
+        return False
+    raise ValueError(f"environment variable {name}: {value!r} is neither true nor false")
 
 
 def number(name: str, default: float) -> float:

@@ -3,7 +3,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from live_server import LiveServer, running_server
+
+from scripts.live_server import LiveServer, running_server
 
 
 @pytest.fixture(scope="session")

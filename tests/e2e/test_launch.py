@@ -11,7 +11,8 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from live_server import END_TIMEOUT, PROCESSES, LiveServer, running_server
+
+from scripts.live_server import END_TIMEOUT, PROCESSES, LiveServer, running_server
 
 LONG = {"text": "Once upon a time", "stream": True, "sampling_params": {"max_new_tokens": 150, "ignore_eos": True}}
 

@@ -11,11 +11,11 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from live_server import LiveServer, running_server
 from oracle import check_greedy, reference_logprobs
 from transformers import AutoModelForCausalLM
 
 from engine.checkpoints.locate import locate
+from scripts.live_server import LiveServer, running_server
 
 NEW_TOKENS = 48
 

@@ -11,10 +11,11 @@ from typing import Any
 import httpx
 import psutil
 import torch
-from live_server import LiveServer, running_server
 from oracle import check_greedy
 from tiny_models import tiny_llama
 from transformers import AutoModelForCausalLM
+
+from scripts.live_server import LiveServer, running_server
 
 REQUESTS = 2_000
 CLIENTS = 64

@@ -1,4 +1,4 @@
-"""A server for a test: started as a user starts one, and always ended."""
+"""A server for a test or a benchmark: started as a user starts one, and always ended."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[1]
 START_TIMEOUT = 120.0
 END_TIMEOUT = 60.0
 PROCESSES = {"launcher", "frontend", "tokenizer", "scheduler tp0", "detokenizer"}

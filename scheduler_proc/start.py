@@ -1,0 +1,108 @@
+"""Putting the scheduler process together: configuration, engine, queues, sockets."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import msgspec
+import zmq
+
+from engine.checkpoints.errors import CheckpointError
+from engine.config import ConfigError, RunConfig
+from engine.config.environment import switch, time_limit
+from engine.wire.process import arguments, begin, report_ready
+from engine.wire.sockets import Inbox, Outbox
+from engine.wire.to_scheduler import ToScheduler
+from scheduler_proc.kv_memory import KvMemory
+from scheduler_proc.load import Engine, load_engine, longest_request
+from scheduler_proc.planner import Planner, PlannerLimits
+from scheduler_proc.runner import Runner
+from scheduler_proc.scheduler import Scheduler, SchedulerSettings
+from scheduler_proc.statistics import Statistics
+
+NAME = "scheduler"
+
+
+def main(started: float) -> None:
+    """Load the model, then schedule and compute until ended.
+
+    started: time.monotonic() of the process's first line.
+    """
+    options = arguments("Tokenmill's scheduler and model worker", rank=True)
+    config = begin(options.config, f"scheduler tp{options.rank}")
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    inbox: Inbox[ToScheduler] = Inbox(context, config.runtime_dir, NAME, ToScheduler)
+    try:
+        engine = load_engine(config, started=started)
+    except (CheckpointError, ConfigError) as error:
+        sys.exit(f"error: {error}")
+    scheduler = Scheduler(
+        settings=settings(config, engine, started),
+        planner=Planner(planner_limits(config, engine), memory(config, engine)),
+        runner=Runner(engine.model, engine.cache),
+        inbox=inbox,
+        outbox=Outbox(context, config.runtime_dir, "detokenizer"),
+        statistics=Statistics(config.server.decode_log_interval),
+    )
+    report_ready(context, config, NAME, engine.limits)
+    scheduler.loop()
+
+
+def memory(config: RunConfig, engine: Engine) -> KvMemory:
+    return KvMemory(engine.limits.max_total_num_tokens, reuse=not config.server.disable_radix_cache)
+
+
+def planner_limits(config: RunConfig, engine: Engine) -> PlannerLimits:
+    server = config.server
+    chunk = engine.limits.chunked_prefill_size
+    return PlannerLimits(
+        prefill_budget=chunk if chunk > 0 else server.max_prefill_tokens,
+        chunked=chunk > 0,
+        max_running=engine.limits.max_running_requests,
+        max_prefills=server.prefill_max_requests,
+        longest_prefix_first=server.schedule_policy == "lpm",
+        priorities=server.enable_priority_scheduling,
+        low_first=server.schedule_low_priority_values_first,
+        default_priority=server.default_priority_value or 0,
+    )
+
+
+def settings(config: RunConfig, engine: Engine, started: float) -> SchedulerSettings:
+    server, limits = config.server, engine.limits
+    return SchedulerSettings(
+        eos_ids=config.facts.eos_ids,
+        longest=longest_request(config.facts.context_length, limits.max_total_num_tokens),
+        max_input=limits.max_req_input_len,
+        max_queued=server.max_queued_requests,
+        truncate=server.allow_auto_truncate,
+        refuse_priority=server.abort_on_priority_when_disabled and not server.enable_priority_scheduling,
+        original_logprobs=switch("RETURN_ORIGINAL_LOGPROB"),
+        waiting_timeout=time_limit("REQ_WAITING_TIMEOUT"),
+        running_timeout=time_limit("REQ_RUNNING_TIMEOUT"),
+        strict=switch("STRICT"),
+        report=report(config, engine, started),
+    )
+
+
+def report(config: RunConfig, engine: Engine, started: float) -> dict[str, object]:
+    """The part of `/server_info`'s internal state that does not change (contract §3.2)."""
+    limits = engine.limits
+    return {
+        "effective_max_running_requests_per_dp": limits.max_running_requests,
+        "memory_usage": {
+            "weight": round(limits.weight_gb, 3),
+            "kvcache": round(limits.kvcache_gb, 3),
+            "startup_available": round(limits.available_gb, 3),
+            "token_capacity": limits.max_total_num_tokens,
+            "graph": {},
+        },
+        "world_size": config.server.tp_size,
+        "startup_time": round(time.monotonic() - started, 3),
+        "load_seconds": msgspec.to_builtins(limits.load_seconds),
+        "disaggregation_mode": config.server.disaggregation_mode,
+        "decode_cuda_graph_bs": [],
+        "decode_cuda_graph_memory_gb": 0.0,
+        "dp_size": 1,
+        "attn_dp_size": 1,
+    }
