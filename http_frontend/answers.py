@@ -20,6 +20,8 @@ _encode = msgspec.json.encode
 
 DONE = b"data: [DONE]\n\n"
 
+_LINE_ENDS = tuple((character.encode(), b"\\u%04x" % ord(character)) for character in "\u0085\u2028\u2029")
+
 _OBJECT = (
     b'{%b%b"output_ids":[%b],%b"meta_info":{"id":%b,"finish_reason":%b,"prompt_tokens":%d,"weight_version":%b,'
     b'"num_retractions":%d,"reasoning_tokens":0,"completion_tokens":%d,"cached_tokens":%d,'
@@ -110,12 +112,23 @@ class Writer:
         entry = self._entry
         if entry.finish is not None and entry.origin == "door" and entry.finish.status == 400:
             return error_event(entry.finish.message or "", entry.index if self._open else None)
-        return b"data: %b\n\n" % self.write()
+        return b"data: %b\n\n" % one_line(self.write())
 
     def _prompt_field(self) -> bytes:
         if not self._prompt and self._entry.prompt_ids:
             self._prompt = b'"prompt_token_ids":%b,' % _encode(self._entry.prompt().tolist())
         return self._prompt or b'"prompt_token_ids":[],'
+
+
+def one_line(body: bytes) -> bytes:
+    """`body` (JSON) with NEL, LINE SEPARATOR and PARAGRAPH SEPARATOR escaped.
+
+    JSON may hold them as they are, but readers that split a stream by the rules of Unicode would cut an event there.
+    """
+    if b"\xe2\x80" in body or b"\xc2\x85" in body:
+        for character, escape in _LINE_ENDS:
+            body = body.replace(character, escape)
+    return body
 
 
 def finish_reason(finish: Finish) -> dict[str, Any]:
@@ -144,7 +157,7 @@ def error_event(message: str, index: int | None = None) -> bytes:
     """A stream's line for a request that is invalid (§7.5)."""
     error = {"message": message, "type": "invalid_request_error", "code": 400, "retryable": False}
     body = {"error": error} if index is None else {"index": index, "error": error}
-    return b"data: %b\n\n" % _encode(body)
+    return b"data: %b\n\n" % one_line(_encode(body))
 
 
 def refused_event(refused: RefusedError, rid: str, style: AnswerStyle) -> bytes:
@@ -160,4 +173,4 @@ def refused_event(refused: RefusedError, rid: str, style: AnswerStyle) -> bytes:
         "weight_version": style.weight_version,
     }
     text = {"text": ""} if style.with_text else {}
-    return b"data: %b\n\n" % _encode({**text, "output_ids": [], "meta_info": meta})
+    return b"data: %b\n\n" % one_line(_encode({**text, "output_ids": [], "meta_info": meta}))
