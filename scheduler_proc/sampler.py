@@ -23,6 +23,8 @@ Weights = NDArray[Any]
 
 _BLOCK = 256
 
+_LARGEST = float(torch.finfo(torch.float32).max)
+
 _FIRST_NUCLEUS = 256
 """How many of the most likely tokens are ranked at first, in the hope that top_p ends among them."""
 
@@ -73,19 +75,24 @@ def sample(
 
 
 def adjust(row: torch.Tensor, request: Request, eos_ids: list[int]) -> None:
-    """Steps 1 to 4 on one row of logits [V], in place: minimum length, penalties, logit bias."""
+    """Steps 1 to 4 on one row of logits [V], in place: minimum length, penalties, logit bias.
+
+    The sums are float64 and the results float32 below infinity: a bias of 1e300 forces its token, and is no NaN.
+    """
     sampling = request.admit.sampling
     if request.generated < request.min_new_tokens:
-        row[eos_ids + sampling.stop_token_ids] = -torch.inf
+        # Clients may name stop ids that the vocabulary does not have: those cannot come anyway.
+        row[[token for token in eos_ids + sampling.stop_token_ids if 0 <= token < len(row)]] = -torch.inf
     if request.output_counts:
         ids = torch.tensor(list(request.output_counts), dtype=torch.int64)
-        counts = torch.tensor(list(request.output_counts.values()), dtype=torch.float32)
-        z = row[ids] - sampling.frequency_penalty * counts - sampling.presence_penalty
+        counts = torch.tensor(list(request.output_counts.values()), dtype=torch.float64)
+        z = row[ids].double() - sampling.frequency_penalty * counts - sampling.presence_penalty
         penalty = sampling.repetition_penalty
-        row[ids] = torch.where(z < 0, z * penalty, z / penalty)
+        row[ids] = torch.where(z < 0, z * penalty, z / penalty).clamp(max=_LARGEST).float()
     if sampling.logit_bias:
         ids = torch.tensor([int(key) for key in sampling.logit_bias], dtype=torch.int64)
-        row[ids] += torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float32)
+        bias = torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float64)
+        row[ids] = (row[ids].double() + bias).clamp(max=_LARGEST).float()
 
 
 def draw(row: torch.Tensor, sampling: Sampling, uniform: float) -> int:
@@ -93,8 +100,9 @@ def draw(row: torch.Tensor, sampling: Sampling, uniform: float) -> int:
 
     In numpy, whose ops on one row cost no barrier between threads.
     """
-    z = row.numpy() / np.float32(sampling.temperature)
-    weights = np.exp(z - z.max())  # the softmax before its division by the sum
+    z = row.numpy()
+    with np.errstate(over="ignore"):  # far below the largest is as good as minus infinity
+        weights = np.exp((z - z.max()) / np.float32(min(sampling.temperature, _LARGEST)))  # softmax times its sum
     ids: Weights | None = None
     if sampling.top_k != -1 or sampling.top_p < 1.0:
         ids = _nucleus(weights, sampling)
@@ -127,6 +135,11 @@ def _locate(weights: Weights, uniform: float) -> int:
     return int(np.flatnonzero(weights[:end])[-1])
 
 
+def _cooled(row: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Logits [V] over `temperature`, less a constant that softmax does not see: the largest is 0, none is infinite."""
+    return (row - row.max()) / min(temperature, _LARGEST)
+
+
 def _nucleus(weights: Weights, sampling: Sampling) -> Weights:
     """Ids of the tokens that top_k and top_p leave, most likely first (int64)."""
     limit = len(weights) if sampling.top_k == -1 else min(sampling.top_k, len(weights))
@@ -144,7 +157,7 @@ def _nucleus(weights: Weights, sampling: Sampling) -> Weights:
 def output_logprobs(row: torch.Tensor, token: int | None, temperature: float, wanted: LogprobOptions) -> TokenLogprobs:
     """The logprobs of one output position from its adjusted logits [V]."""
     if temperature >= GREEDY_BELOW and temperature != 1.0:
-        row = row / temperature
+        row = _cooled(row, temperature)
     logprobs = torch.log_softmax(row, dim=-1)
     return TokenLogprobs(
         logprob=None if token is None else _finite(float(logprobs[token])),

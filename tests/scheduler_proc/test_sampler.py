@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -179,3 +180,24 @@ def test_logprobs_of_an_output_position() -> None:
     greedy = output_logprobs(row, 1, 0.0, LogprobOptions(top=1))
     assert greedy.top == [(greedy.logprob, 1)]
     assert greedy.logprob == pytest.approx(torch.log_softmax(row, dim=-1)[1].item())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 2e-6, 0.5, 1.0, 1e308])
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"logit_bias": {"2": 1e308}},
+        {"logit_bias": {"2": 1e308}, "frequency_penalty": -2.0, "repetition_penalty": 1e-300},
+        {"logit_bias": {"0": -1e308, "2": 100.0}, "min_new_tokens": 4, "stop_token_ids": [1, 5, -1, 2**64 - 1]},
+        {"logit_bias": {"0": -1e308, "1": -1e308}, "min_new_tokens": 4, "stop_token_ids": [7]},
+    ],
+)
+def test_extremes_neither_overflow_nor_fail(temperature: float, parameters: dict[str, Any]) -> None:
+    wanted = LogprobOptions(top=3)
+    request = new_request(
+        admit(1, [1, 3], earlier=[2], logprobs=wanted, **{"temperature": temperature, **parameters}), 1, 9
+    )
+    (row,) = sample(torch.tensor([[0.5, 1.0, 0.0]]), [request], [9, -4], original_logprobs=False)
+    assert row.token == 2 or (temperature == 1e308 and row.token is not None)
+    assert row.logprobs is not None and row.logprobs.top is not None
+    assert all(FLOAT32_MIN <= logprob <= 0 for logprob, _ in row.logprobs.top)
