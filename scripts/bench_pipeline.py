@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
-
-import psutil
+from collections.abc import Iterator
+from pathlib import Path
 
 from scripts.client import stream
 from scripts.live_server import LiveServer, running_server
@@ -50,8 +50,13 @@ async def _round(server: LiveServer, streams: int, tokens: int) -> None:
 
 
 def _cpu(server: LiveServer) -> dict[str, float]:
-    """CPU seconds of each process, the launcher included."""
-    return {title: sum(psutil.Process(pid).cpu_times()[:2]) for title, pid in server.pids.items()}
+    """Seconds that each process has spent on a CPU, by the kernel's run-time clock (ticks are too coarse)."""
+    return {title: sum(_thread_seconds(pid)) for title, pid in server.pids.items()}
+
+
+def _thread_seconds(pid: int) -> Iterator[float]:
+    for schedstat in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+        yield int(schedstat.read_text().split()[0]) / 1e9
 
 
 if __name__ == "__main__":
