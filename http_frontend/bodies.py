@@ -122,6 +122,9 @@ TOKENIZE: msgspec.json.Decoder[TokenizeBody] = msgspec.json.Decoder(TokenizeBody
 DETOKENIZE: msgspec.json.Decoder[DetokenizeBody] = msgspec.json.Decoder(DetokenizeBody)
 ABORT: msgspec.json.Decoder[AbortBody] = msgspec.json.Decoder(AbortBody, strict=False)
 
+NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What a decoder raises of bytes that are no JSON: bad syntax, bad UTF-8, or nested too deep to be read."""
+
 _JSON_TYPE = re.compile(r"application/(json|[\w.!#$&^-]+\+json)\s*(;|$)", re.IGNORECASE)
 _LONG_NUMBER = re.compile(rb"[0-9]{19}")
 
@@ -163,7 +166,7 @@ def check_content_type(value: str, body: bytes) -> None:
 def find_wide_integer(body: bytes) -> int | None:
     """The first integer of a JSON body that does not fit 64 bits (signed or unsigned), or None.
 
-    Raises `msgspec.DecodeError` when the body is not JSON.
+    Raises one of `NOT_JSON` when the body is not JSON.
     """
     if not _LONG_NUMBER.search(body):
         return None
@@ -189,5 +192,5 @@ def decode_body(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
     except msgspec.ValidationError as error:
         missing = "Field required: " if "missing required field" in str(error) else ""
         raise unreadable(f"1 validation error: {missing}{error}") from None
-    except (msgspec.DecodeError, RecursionError) as error:
+    except NOT_JSON as error:
         raise unreadable(f"JSON decode error: {error}") from None

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from http_frontend.bodies import SamplingBody, find_wide_integer
+from http_frontend.bodies import NOT_JSON, SamplingBody, find_wide_integer
 from http_frontend.errors import RefusedError, unreadable
 
 Check = Callable[[Any], bool]
@@ -26,7 +26,7 @@ def diagnose(body: bytes, reason: Exception) -> RefusedError:
     try:
         wide = find_wide_integer(body)
         value = msgspec.json.decode(body)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except NOT_JSON as error:
         return unreadable(f"JSON decode error: {error}")
     if wide is not None:
         return unreadable(f"JSON decode error: the body contains non-int64 element {wide}")

@@ -9,11 +9,10 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import msgspec
-
 from http_frontend.answers import DONE, AnswerStyle, Writer, failure, refused_event
 from http_frontend.bodies import (
     GENERATE,
+    NOT_JSON,
     ClientGoneError,
     GenerateBody,
     Message,
@@ -48,7 +47,7 @@ def read_generate(body: bytes, declared: str) -> GenerateBody:
     try:
         decoded = GENERATE.decode(body)
         wide = find_wide_integer(body)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except NOT_JSON as error:
         raise diagnose(body, error) from None
     if wide is not None:
         raise unreadable(f"JSON decode error: the body contains non-int64 element {wide}")
