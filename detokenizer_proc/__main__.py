@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import zmq
 
 from detokenizer_proc.replies import detokenized
@@ -24,6 +26,8 @@ def main() -> None:
     if config.tokenizer is not None and not config.server.skip_tokenizer_init:
         tokenizer = load_tokenizer(config.tokenizer, mode=config.server.tokenizer_mode)
     decoder = StepDecoder(tokenizer)
+    gc.collect()
+    gc.freeze()  # what is loaded now lives until the end: the collector need not look at it again
     report_ready(context, config, "detokenizer")
     while True:
         inbox.wait(None)

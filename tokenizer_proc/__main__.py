@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import zmq
@@ -31,6 +32,8 @@ def main() -> None:
     if config.tokenizer is not None and bounds.has_tokenizer:
         server = config.server
         tokenizer = load_tokenizer(config.tokenizer, mode=server.tokenizer_mode, chat_template=server.chat_template)
+    gc.collect()
+    gc.freeze()  # what is loaded now lives until the end: the collector need not look at it again
     report_ready(context, config, "tokenizer")
     while True:
         inbox.wait(None)
