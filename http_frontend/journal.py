@@ -169,6 +169,7 @@ class Journal:
                 entry.logprob_texts.update(begun.texts)
             if begun.attempt == 0 or not entry.output_ids:
                 entry.prompt_tokens = begun.prompt_tokens
+                entry.prompt_ids = entry.prompt_ids[: 4 * begun.prompt_tokens]  # the scheduler may have cut it
                 entry.cached_tokens = begun.cached_tokens
                 entry.input_logprobs = begun.input_logprobs
         if step.retracted:

@@ -17,8 +17,8 @@ from tokenizer_proc.stop_patterns import pattern_error
 
 MAX_STOPS = 32
 MAX_PATTERN_BYTES = 256
-RESERVED_TOKENS = 6
-"""A prompt may have at most context length - 6 tokens (contract E16: max_req_input_len)."""
+RESERVED_TOKENS = 7
+"""A prompt may have at most context length - 7 tokens: fewer than max_req_input_len, context length - 6 (E16)."""
 
 _MAX_DIGITS = 19
 """Longer decimal numbers do not fit 64 bits."""

@@ -209,7 +209,7 @@ def test_lengths_that_fit_and_that_do_not() -> None:
 def test_truncation_makes_everything_fit(prompt_tokens: int, wanted: int | None, explicit: bool) -> None:
     sampling = Sampling(max_new_tokens=wanted, length_given=explicit)
     kept, fitted, cuts = fit_context(prompt_tokens, sampling, Bounds(V, C, auto_truncate=True))
-    assert kept == min(prompt_tokens, C - 6)
+    assert kept == min(prompt_tokens, C - 7)
     if explicit and wanted is not None:
         assert fitted.max_new_tokens == min(wanted, C - kept)
     else:
