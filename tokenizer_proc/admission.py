@@ -48,7 +48,9 @@ def _admit(message: Generate, tokenizer: Tokenizer | None, bounds: Bounds) -> tu
     check_sampling(sampling, bounds.vocab_size)
     check_stops(message.text_options, sampling, bounds.has_tokenizer)
     if message.logprobs is not None:
-        check_logprobs(message.logprobs, kept, bounds.vocab_size)
+        room = max(0, bounds.context_length - kept)
+        wanted = room if sampling.max_new_tokens is None else sampling.max_new_tokens
+        check_logprobs(message.logprobs, kept, min(wanted, room), bounds.vocab_size)
     for cut in cuts:
         logger.warning("request %s does not fit the context of %d tokens: %s", message.rid, bounds.context_length, cut)
     packed = _packed(ids[:kept] if kept < len(ids) else ids)

@@ -20,6 +20,9 @@ MAX_PATTERN_BYTES = 256
 RESERVED_TOKENS = 7
 """A prompt may have at most context length - 7 tokens: fewer than max_req_input_len, context length - 6 (E16)."""
 
+MOST_LOGPROB_ENTRIES = 4_000_000
+"""Logprob entries of one request, over all positions: each takes about 100 bytes in every process on its way."""
+
 _MAX_DIGITS = 19
 """Longer decimal numbers do not fit 64 bits."""
 
@@ -126,8 +129,11 @@ def _refuse_without_tokenizer(options: TextOptions, sampling: Sampling) -> None:
         )
 
 
-def check_logprobs(options: LogprobOptions, prompt_tokens: int, vocab_size: int) -> None:
-    """E26, E27, E28, and the range of top_logprobs_num."""
+def check_logprobs(options: LogprobOptions, prompt_tokens: int, new_tokens: int, vocab_size: int) -> None:
+    """E26, E27, E28, the range of top_logprobs_num, and how much all that may come to.
+
+    new_tokens: most output tokens that the request can get.
+    """
     if options.start < -1:
         raise RefusalError(f"logprob_start_len must be in [-1, {prompt_tokens}], got {options.start}.")
     if not 0 <= options.top <= vocab_size:
@@ -142,6 +148,13 @@ def check_logprobs(options: LogprobOptions, prompt_tokens: int, vocab_size: int)
             f"req.logprob_start_len={options.start} is higher than the number of input tokens "
             f"len(req.origin_input_ids)={prompt_tokens}. Please use a smaller logprob_start_len.",
             origin="scheduler",
+        )
+    positions = new_tokens + (prompt_tokens - options.start if options.start >= 0 else 0)
+    entries = positions * (options.top + len(options.ids))
+    if entries > MOST_LOGPROB_ENTRIES:
+        raise RefusalError(
+            f"top_logprobs_num={options.top} and {len(options.ids)} token_ids_logprob over {positions} positions ask for "
+            f"{entries} entries; at most {MOST_LOGPROB_ENTRIES} are allowed."
         )
 
 

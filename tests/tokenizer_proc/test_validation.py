@@ -180,9 +180,16 @@ def test_ids(ids: list[int], message: str) -> None:
 )
 def test_logprobs(options: LogprobOptions, message: str, origin: str) -> None:
     with pytest.raises(RefusalError) as caught:
-        check_logprobs(options, 7, V)
+        check_logprobs(options, 7, 3, V)
     assert (str(caught.value), caught.value.origin) == (message, origin)
-    check_logprobs(LogprobOptions(start=7, top=100, ids=[0, 99]), 7, V)
+    check_logprobs(LogprobOptions(start=7, top=100, ids=[0, 99]), 7, 3, V)
+
+
+def test_logprobs_must_not_come_to_more_than_memory_can_hold() -> None:
+    check_logprobs(LogprobOptions(start=0, top=40_000), 50, 50, 50_000)
+    with pytest.raises(RefusalError, match="over 101 positions ask for 4040000 entries; at most 4000000"):
+        check_logprobs(LogprobOptions(start=0, top=40_000), 51, 50, 50_000)
+    check_logprobs(LogprobOptions(start=-1, top=40_000), 8_000, 50, 50_000)
 
 
 def given_length(tokens: int) -> Sampling:
