@@ -153,8 +153,8 @@ def check_logprobs(options: LogprobOptions, prompt_tokens: int, new_tokens: int,
     entries = positions * (options.top + len(options.ids))
     if entries > MOST_LOGPROB_ENTRIES:
         raise RefusalError(
-            f"top_logprobs_num={options.top} and {len(options.ids)} token_ids_logprob over {positions} positions ask for "
-            f"{entries} entries; at most {MOST_LOGPROB_ENTRIES} are allowed."
+            f"top_logprobs_num={options.top} and {len(options.ids)} token_ids_logprob over {positions} positions "
+            f"ask for {entries} entries; at most {MOST_LOGPROB_ENTRIES} are allowed."
         )
 
 

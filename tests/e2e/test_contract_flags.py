@@ -27,9 +27,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def serving(model: Path, *flags: str, headers: dict[str, str] | None = None, **env: str) -> Iterator[Api]:
-    with running_server("--dtype", "float32", *flags, model=model, env={"TOKENMILL_STRICT": "1", **env}) as server:
-        api = Api(server.url, **(headers or {}))
+def serving(model: Path, *flags: str, key: str = "None", env: Json | None = None) -> Iterator[Api]:
+    strict = {"TOKENMILL_STRICT": "1", **(env or {})}
+    with running_server("--dtype", "float32", *flags, model=model, env=strict) as server:
+        api = Api(server.url, **bearer(key))
         yield api
         api.wait_idle()
 
@@ -55,7 +56,7 @@ def bearer(key: str) -> dict[str, str]:
 
 def test_without_tokenizer_and_with_keys(model: Path) -> None:
     flags = ("--skip-tokenizer-init", "--api-key", "user", "--admin-api-key", "root", "--grammar-backend", "none")
-    with serving(model, *flags, headers=bearer("user")) as api:
+    with serving(model, *flags, key="user") as api:
         assert all(api.http.get("/server_info").json()[name] is None for name in ("api_key", "admin_api_key"))
         _check_keys(api)
         answer = api.generate(input_ids=[5, 6, 7], return_logprob=True, logprob_start_len=0, sampling_params=greedy(4))
@@ -77,9 +78,9 @@ def test_without_tokenizer_and_with_keys(model: Path) -> None:
             assert status == 400 and found.startswith(message)
         stop = api.generate(input_ids=[5], sampling_params={"stop_token_ids": [9], "logit_bias": {"9": 100}})
         assert (stop["output_ids"], stop["meta_info"]["finish_reason"]) == ([9], {"type": "stop", "matched": 9})
-        for path, body in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [5]})):
-            answer = api.post(body, path)
-            assert (answer.status_code, answer.json()["type"]) == (500, "InternalServerError")
+        for path in ("/tokenize", "/detokenize"):
+            failed = api.post({"prompt": "a", "tokens": [5]}, path)
+            assert (failed.status_code, failed.json()["type"]) == (500, "InternalServerError")
 
 
 def _check_keys(api: Api) -> None:
@@ -194,7 +195,7 @@ def test_aborts_in_the_queue_and_longest_prefix_first(model: Path) -> None:
 def test_timeouts(tiny_model: Path) -> None:
     endless = {"text": "first", "sampling_params": greedy(15_000)}
     limits = {"SGLANG_REQ_WAITING_TIMEOUT": "0.2", "SGLANG_REQ_RUNNING_TIMEOUT": "1"}
-    with serving(tiny_model, "--max-running-requests", "1", **limits) as api, ThreadPoolExecutor(2) as pool:
+    with serving(tiny_model, "--max-running-requests", "1", env=limits) as api, ThreadPoolExecutor(2) as pool:
         running = pool.submit(api.post, endless)
         api.wait_until(num_running_reqs=1)
         waiting = pool.submit(api.post, {"text": "second"})
@@ -209,7 +210,7 @@ def test_timeouts(tiny_model: Path) -> None:
 
 def test_a_small_pool_and_limits_of_the_environment(model: Path) -> None:
     env = {"SGLANG_MAX_NEW_TOKENS_LIMIT": "70", "SGLANG_RETURN_ORIGINAL_LOGPROB": "1"}
-    with serving(model, "--max-total-tokens", "200", "--context-length", "600", **env) as api:
+    with serving(model, "--max-total-tokens", "200", "--context-length", "600", env=env) as api:
         assert api.http.get("/server_info").json()["max_req_input_len"] == 194
         status, message = refused(api.post({"input_ids": [5] * 194}))
         assert (status, message) == (

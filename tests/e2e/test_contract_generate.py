@@ -203,7 +203,7 @@ def test_stop_tokens_and_eos(tiny_api: Api, plain: Json, tokenizer: Tokenizer) -
     kept = both(tiny_api, plain["prompt"], {**greedily, "stop_token_ids": [stop], "no_stop_trim": True})
     assert kept["output_ids"] == ids[:cut] and kept["text"].startswith(answer["text"])
     assert both(tiny_api, plain["prompt"], greedy(60, stop_token_ids=[stop]))["text"] == plain["text"]
-    forced = {"logit_bias": {str(EOS): 1000}}
+    forced: Json = {"logit_bias": {str(EOS): 1000}}
     ended = both(tiny_api, PROMPT, {"max_new_tokens": 5, **forced})
     assert (ended["text"], ended["output_ids"], finish(ended)) == ("", [EOS], {"type": "stop", "matched": EOS})
     shown = both(tiny_api, PROMPT, {"max_new_tokens": 5, **forced, "no_stop_trim": True, "skip_special_tokens": False})

@@ -159,8 +159,8 @@ def test_detokenize_errors(tiny_api: Api) -> None:
         refused = tiny_api.post({"tokens": tokens}, "/detokenize")
         assert (refused.status_code, refused.json()["type"], refused.json()["code"]) == (400, "Bad Request", 400)
     assert "Field required" in tiny_api.post({}, "/detokenize").json()["message"]
-    for tokens in ([-1], [421], [[1], [2**40]]):
-        refused = tiny_api.post({"tokens": tokens}, "/detokenize")
+    for foreign in ([-1], [421], [[1], [2**40]]):
+        refused = tiny_api.post({"tokens": foreign}, "/detokenize")
         assert (refused.status_code, refused.json()["type"]) == (400, "DecodeError")
         assert refused.json()["message"].startswith("Error decoding tokens: ")
         assert refused.json()["message"].endswith("Input tokens might be invalid for the model.")
