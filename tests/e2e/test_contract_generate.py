@@ -193,6 +193,23 @@ def test_stop_patterns(tiny_api: Api, plain: Json) -> None:
         assert (answer["text"], finish(answer)["matched"]) == (text[: text.index(word)], word)
 
 
+@pytest.mark.parametrize("pattern", ["(a+)+b", "(a|a)*b", "(x+x+)+y|(a|aa)+$b"])
+def test_a_pattern_that_backtracks_without_end_stops_nobody_else(
+    tiny_api: Api, tokenizer: Tokenizer, pattern: str
+) -> None:
+    letter = tokenizer.token_to_id("a")
+    params = greedy(400, logit_bias={str(letter): 1000}, stop_regex=pattern)
+    with ThreadPoolExecutor(1) as pool:
+        beside = pool.submit(run, tiny_api, **greedy(400))
+        answer = tiny_api.post({"text": "a", "sampling_params": params})
+        assert len(beside.result()["output_ids"]) == 400
+    if answer.status_code == 200:
+        assert answer.json()["text"] == "a" * 400
+    else:
+        message = answer.json()["error"]["message"]
+        assert message.startswith(f"stop_regex {pattern!r} was given up: ")
+
+
 def test_stop_tokens_and_eos(tiny_api: Api, plain: Json, tokenizer: Tokenizer) -> None:
     ids = plain["output_ids"]
     stop = ids[7]

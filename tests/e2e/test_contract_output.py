@@ -225,6 +225,15 @@ def test_abort_of_running_requests(tiny_api: Api) -> None:
     tiny_api.wait_idle()
 
 
+def test_abort_of_parallel_samples_by_the_rid_that_was_asked(tiny_api: Api) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        samples = pool.submit(tiny_api.generate, text="a", rid="family", sampling_params={**LONG, "n": 3})
+        tiny_api.wait_until(num_running_reqs=3)
+        tiny_api.post({"rid": "fam"}, "/abort_request")
+        assert [answer["meta_info"]["finish_reason"] for answer in samples.result()] == [ABORTED] * 3
+    tiny_api.wait_idle()
+
+
 def test_aborts_that_name_nobody(tiny_api: Api) -> None:
     for body in ({}, {"rid": ""}, {"rid": "nobody"}, {"rid": "x", "ignored": 1}):
         assert tiny_api.post(body, "/abort_request").status_code == 200
