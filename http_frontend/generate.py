@@ -151,9 +151,9 @@ class GenerateEndpoint:
         frontend = self._frontend
         call = Call(frontend.loop)
         style = self._style(request, plan.many)
-        start_call(call, plan, request.stream, frontend.journal)
         watcher = frontend.loop.create_task(_watch(receive, call))
         try:
+            start_call(call, plan, request.stream, frontend.journal)
             if request.stream:
                 await send(_STREAM_START)
                 # Only the start of an answer concerns the middleware, and each of its layers costs a coroutine a chunk.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import uuid
 from array import array
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -206,8 +207,8 @@ def _rids(given: str | list[str] | None, size: int, batched: bool, desk: Desk | 
         if len(rids) != size:
             raise invalid("The specified rids length mismatch with the batch_size for batch processing.")
         if len(set(rids)) != size:
-            twice = [rid for i, rid in enumerate(rids) if rid in rids[:i]]
-            raise invalid(f"Duplicate request IDs detected within the request: {list(dict.fromkeys(twice))}")
+            twice = [rid for rid, times in Counter(rids).items() if times > 1]
+            raise invalid(f"Duplicate request IDs detected within the request: {twice}")
     for rid in rids if desk else ():
         if desk and desk.is_running(rid):
             raise invalid(f"Duplicate request ID detected: {rid}")

@@ -21,29 +21,40 @@ class WarmUpError(RuntimeError):
 
 
 class Pulse:
-    """The scheduler's signs of life. However many ask at once, one probe at most is on the ring."""
+    """The scheduler's signs of life. However many ask at once, one probe and one question at most are on the ring."""
 
     def __init__(self, ring: Ring, loop: asyncio.AbstractEventLoop) -> None:
         self._ring = ring
         self._loop = loop
         self._next_beat: asyncio.Future[None] | None = None
         self._probing = False
+        self._asking = False
 
     def beat(self) -> None:
         """A message of the scheduler has come."""
+        self._asking = False
         if self._next_beat is not None:
             self._next_beat.set_result(None)
             self._next_beat = None
 
     async def felt_within(self, seconds: float) -> bool:
-        """Probe, and wait for any message of the scheduler."""
+        """Probe, and wait for any message of the scheduler; half-way, ask it for its state as well."""
         if self._next_beat is None:
             self._next_beat = self._loop.create_future()
         if not self._probing:
             self._probing = True
             message = probe_message(self._ring.next_key(), "HEALTH_CHECK", None, 1)
             self._ring.journal.submit([Entry(message, self._probed, probe=True)])
-        done, _ = await asyncio.wait({self._next_beat}, timeout=seconds)
+        beat = self._next_beat
+        done, _ = await asyncio.wait({beat}, timeout=seconds / 2)
+        if done:
+            return True
+        # Behind a long prompt the probe has to wait, and chunks of a prompt that are not its last make no message. A
+        # scheduler that is busy with these still answers a question between two steps.
+        if not self._asking:
+            self._asking = True
+            self._ring.nudge()
+        done, _ = await asyncio.wait({beat}, timeout=seconds / 2)
         return bool(done)
 
     def _probed(self, _entry: Entry) -> None:

@@ -63,6 +63,12 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _has_media(value: Any) -> bool:
-    if isinstance(value, list):
-        return any(map(_has_media, value))
-    return value is not None and value != ""
+    """Whether there is anything but nulls, empty strings and lists of these; lists may be nested very deep."""
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, list):
+            waiting.extend(one)
+        elif one is not None and one != "":
+            return True
+    return False

@@ -76,6 +76,10 @@ class Ring:
         """Tell the launcher that `/health` is 200 from now on."""
         self._launcher.send(Warm())
 
+    def nudge(self) -> None:
+        """Ask the scheduler for its state, for the sake of `on_scheduler` alone: nobody waits for the answer."""
+        self._tokenizer.send(QueryState(self.next_key()))
+
     async def ask(self, message: Tokenize | FlushCache | QueryState | Detokenize, answer: type[A]) -> A:
         """Send a control message and wait for its answer, as long as it takes."""
         future: asyncio.Future[Answer] = self._loop.create_future()

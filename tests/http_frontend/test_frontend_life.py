@@ -16,6 +16,7 @@ from fake_ring import LIMITS, REPOSITORY, Live, call, events, expected, live_fro
 
 from engine.config import write_run_config
 from engine.wire.lifecycle import Serving
+from engine.wire.to_scheduler import QueryState
 from engine.wire.to_tokenizer import Generate
 
 
@@ -41,6 +42,19 @@ def test_health_shares_one_probe_and_any_sign_of_life_will_do(live: Live) -> Non
             assert client.get("/flush_cache?timeout=0").text != ""
     finally:
         live.ring.hold.clear()
+
+
+def test_health_while_the_scheduler_says_nothing_of_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a long prefill no token comes in time, but the scheduler answers a question, of which there is one."""
+    monkeypatch.setenv("SGLANG_HEALTH_CHECK_TIMEOUT", "3")
+    with live_frontend() as live, ThreadPoolExecutor(5) as pool:
+        live.ring.hold.set()
+        checks = [pool.submit(live.client.get, "/health") for _ in range(5)]
+        assert [check.result().status_code for check in checks] == [200] * 5
+        assert len(live.ring.kinds(QueryState)) == 1
+        assert live.client.get("/health_generate").status_code == 200
+        assert len(live.ring.kinds(QueryState)) == 2
+        assert len([one for one in live.ring.kinds(Generate) if one.rid.startswith("HEALTH_CHECK_")]) == 1
 
 
 def test_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -273,3 +273,31 @@ def test_stream_interval_and_stops() -> None:
         plan({"text": "a", "sampling_params": {"stop": ["", "x"], "stop_regex": "y"}}).items[0].generate.text_options
     )
     assert (options.stop, options.stop_regex) == (["x"], ["y"])
+
+
+def test_a_large_batch_of_equal_rids_is_refused_in_one_pass() -> None:
+    """Comparing each with all before it would hold up every other client for minutes."""
+    rids = [str(i) for i in range(30_000)] * 2
+    shape, status, message = refusal({"text": ["a"] * len(rids), "rid": rids})
+    assert (shape, status) == ("A", 400)
+    assert message.startswith("Duplicate request IDs detected within the request: ['0', '1', '2', ")
+
+
+def test_media_nested_as_deep_as_json_may_be() -> None:
+    def media(depth: int, inner: str) -> bytes:
+        return b'{"text": "a", "image_data": %b%b%b}' % (b"[" * depth, inner.encode(), b"]" * depth)
+
+    decode = msgspec.json.Decoder(Any)
+    depth = 100
+    while True:  # as deep as the decoder goes
+        try:
+            decode.decode(b"[" * (depth + 50) + b"]" * (depth + 50))
+        except RecursionError:
+            break
+        depth += 50
+        if depth >= 20_000:
+            break
+    depth -= 100
+    assert plan_call(read_generate(media(depth, "null"), "application/json"), desk()).items
+    with pytest.raises(RefusedError, match="image_data must be null"):
+        plan_call(read_generate(media(depth, '"x"'), "application/json"), desk())
