@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 
 import zmq
 
-from engine.checkpoints.tokenizer import load_tokenizer
+from engine.checkpoints.errors import CheckpointError
+from engine.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from engine.config import ConfigError, RunConfig
 from engine.wire.process import arguments, begin, report_ready
 from engine.wire.sockets import Inbox, Outbox
@@ -23,15 +25,15 @@ LIMIT_VARIABLES = ("TOKENMILL_MAX_NEW_TOKENS_LIMIT", "SGLANG_MAX_NEW_TOKENS_LIMI
 
 def main() -> None:
     config = begin(arguments("the tokenizer process").config, "tokenizer")
-    bounds = bounds_of(config)
+    try:
+        bounds = bounds_of(config)
+        tokenizer = _load(config)
+    except (CheckpointError, ConfigError) as error:
+        sys.exit(f"error: {error}")
     context = zmq.Context()
     inbox: Inbox[ToTokenizer] = Inbox(context, config.runtime_dir, "tokenizer", ToTokenizer)
     frontend: Outbox[ToFrontend] = Outbox(context, config.runtime_dir, "frontend")
     scheduler: Outbox[ToScheduler] = Outbox(context, config.runtime_dir, "scheduler")
-    tokenizer = None
-    if config.tokenizer is not None and bounds.has_tokenizer:
-        server = config.server
-        tokenizer = load_tokenizer(config.tokenizer, mode=server.tokenizer_mode, chat_template=server.chat_template)
     gc.collect()
     gc.freeze()  # what is loaded now lives until the end: the collector need not look at it again
     report_ready(context, config, "tokenizer")
@@ -61,6 +63,13 @@ def bounds_of(config: RunConfig) -> Bounds:
         max_new_tokens_limit=_limit(),
         has_tokenizer=not config.server.skip_tokenizer_init,
     )
+
+
+def _load(config: RunConfig) -> Tokenizer | None:
+    server = config.server
+    if config.tokenizer is None or server.skip_tokenizer_init:
+        return None
+    return load_tokenizer(config.tokenizer, mode=server.tokenizer_mode, chat_template=server.chat_template)
 
 
 def _limit() -> int | None:

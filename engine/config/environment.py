@@ -5,15 +5,24 @@ from __future__ import annotations
 
 import os
 
+from engine.config.server import ConfigError
+
+_PREFIXES = ("TOKENMILL_", "SGLANG_", "SGL_")
+
 
 def setting(name: str) -> str | None:
     """Value of TOKENMILL_{name}, else of SGLANG_{name}, SGL_{name}, else None. An empty value counts as unset."""
-    values = (os.environ.get(prefix + name) for prefix in ("TOKENMILL_", "SGLANG_", "SGL_"))
+    values = (os.environ.get(prefix + name) for prefix in _PREFIXES)
     return next((value for value in values if value), None)
 
 
+def _spelling(name: str) -> str:
+    """The variable that `setting(name)` has read."""
+    return next(prefix + name for prefix in _PREFIXES if os.environ.get(prefix + name))
+
+
 def switch(name: str, default: bool = False) -> bool:
-    """A switch: 1, true, yes, y, t or on; 0, false, no, n, f or off. Raises ValueError naming it on any other word."""
+    """A switch: 1, true, yes, y, t or on; 0, false, no, n, f or off. Raises ConfigError naming it on any other word."""
     value = setting(name)
     if value is None:
         return default
@@ -21,16 +30,16 @@ def switch(name: str, default: bool = False) -> bool:
         return True
     if value.lower() in ("0", "false", "no", "n", "f", "off"):
         return False
-    raise ValueError(f"environment variable {name}: {value!r} is neither true nor false")
+    raise ConfigError(f"environment variable {_spelling(name)}: {value!r} is neither true nor false")
 
 
 def number(name: str, default: float) -> float:
-    """A numeric setting. Raises ValueError naming it when it is not a number."""
+    """A numeric setting. Raises ConfigError naming it when it is not a number."""
     value = setting(name)
     try:
         return default if value is None else float(value)
     except ValueError:
-        raise ValueError(f"environment variable {name}: {value!r} is not a number") from None
+        raise ConfigError(f"environment variable {_spelling(name)}: {value!r} is not a number") from None
 
 
 def time_limit(name: str) -> float | None:

@@ -74,6 +74,8 @@ class Child:
         """How it ended, which must have happened: `scheduler tp0 (pid 7) was killed by SIGKILL`."""
         code = self.process.returncode
         how = f"exited with code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
+        if code == -signal.SIGKILL:
+            how += " (by someone, or by the system because memory ran out)"
         return f"{self.program.title} (pid {self.process.pid}) {how}"
 
 

@@ -13,11 +13,12 @@ BACKLOG = 2048
 def open_listener(host: str, port: int) -> socket.socket:
     """Listen on TCP `host`:`port`; port 0 takes a free one. Raises LaunchError."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (socket.gaierror, UnicodeError) as error:
         raise LaunchError(f"--host {host}: not an address of this machine: {error}") from None
+    # A name with addresses of both families, as localhost often is, is served on IPv4: clients that are told the name
+    # try both, clients that are told 127.0.0.1 do not.
+    family, kind, protocol, _, address = min(found, key=lambda one: one[0] != socket.AF_INET)
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

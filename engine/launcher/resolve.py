@@ -39,6 +39,7 @@ def resolve(config: ServerConfig) -> Resolved:
     """
     _check_files(config)
     model = locate(config.model_path, revision=config.revision, download_dir=config.download_dir)
+    _check_load_format(config, model)
     tokenizer = None
     if not config.skip_tokenizer_init:
         tokenizer = locate_tokenizer(
@@ -67,6 +68,15 @@ def _check_files(config: ServerConfig) -> None:
     ):
         if name is not None and not Path(name).is_file():
             raise ConfigError(f"argument {flag}: {name!r}: there is no such file")
+
+
+def _check_load_format(config: ServerConfig, model: ModelSource) -> None:
+    held = "gguf" if model.kind == "gguf" else "safetensors"
+    if config.load_format not in ("auto", "dummy", held):
+        raise ConfigError(
+            f"argument --load-format: {config.load_format!r}: {model.path} is read as {held}; "
+            f"allowed for it are auto, {held} and dummy"
+        )
 
 
 def _context_length(config: ServerConfig, model: ModelConfig) -> tuple[int, list[str]]:

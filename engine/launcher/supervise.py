@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import zmq
 
@@ -33,7 +33,10 @@ END_GRACE = 3.0
 
 @dataclass
 class Tree:
-    """One launch under way. `url` is where it serves; `began` is time.monotonic() at its start."""
+    """One launch under way.
+
+    url: where it serves. began: time.monotonic() at its start. force_shutdown: a signal ends it without a drain.
+    """
 
     run: RunConfig
     url: str
@@ -44,6 +47,7 @@ class Tree:
     selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
     children: list[Child] = field(default_factory=list)
     ready: dict[str, Ready] = field(default_factory=dict)
+    force_shutdown: bool = False
     warm: bool = False
     drain_until: float | None = None
     grace: float = END_GRACE
@@ -55,11 +59,11 @@ def supervise(
 ) -> int:  # fmt: skip
     """Start `programs` and see them through; returns the exit code, when none of them is left.
 
-    0: a signal has ended the server. 1: a process died.
+    0: a signal has ended the server. 1: a process died. Raises ConfigError for a bad setting of the environment.
     """
     tree = Tree(
         run, url, began, signals, Inbox(context, run.runtime_dir, "launcher", ToLauncher),
-        Outbox(context, run.runtime_dir, "frontend"),
+        Outbox(context, run.runtime_dir, "frontend"), force_shutdown=switch("FORCE_SHUTDOWN"),
     )  # fmt: skip
     tree.selector.register(signals, selectors.EVENT_READ)
     tree.selector.register(tree.inbox.fileno(), selectors.EVENT_READ)
@@ -118,11 +122,10 @@ def _hear(tree: Tree, message: ToLauncher) -> None:
             tree.warm = True
             log.info("The server is fired up and ready to roll!")
             log.info("warm %.2f s after the launcher began", time.monotonic() - tree.began)
-            print(f"Tokenmill serves {tree.run.server.served_model_name} on {tree.url}")
-            print(f"  launcher: pid {os.getpid()}")
-            for child in tree.children:
-                print(f"  {child.program.title}: pid {child.process.pid}")
-            sys.stdout.flush()
+            pids = {"launcher": os.getpid()} | {child.program.title: child.process.pid for child in tree.children}
+            lines = [f"Tokenmill serves {tree.run.server.served_model_name} on {tree.url}"]
+            lines += [f"  {title}: pid {pid}" for title, pid in pids.items()]
+            _write(sys.stdout, "".join(f"{line}\n" for line in lines).encode())
 
 
 def _log_limits(run: RunConfig, limits: Limits) -> None:
@@ -140,7 +143,7 @@ def _stop(tree: Tree, number: signal.Signals) -> bool:
         log.warning("%s again: ending at once", number.name)
         tree.grace = 0.0
         return True
-    if not tree.warm or switch("FORCE_SHUTDOWN"):
+    if not tree.warm or tree.force_shutdown:
         log.info("%s: ending", number.name)
         return True
     timeout = tree.run.server.drain_timeout
@@ -160,7 +163,7 @@ def _report_deaths(tree: Tree, ended: list[Child]) -> int:
         _pass_on(tree, child)
     for child in ended:
         last = "".join(f"    {line}\n" for line in child.tail)
-        _write(f"error: {child.describe_end()}; the server ends. Its last lines:\n{last}".encode())
+        _write(sys.stderr, f"error: {child.describe_end()}; the server ends. Its last lines:\n{last}".encode())
     return 1
 
 
@@ -187,16 +190,17 @@ def _end(tree: Tree) -> None:
 
 def _pass_on(tree: Tree, child: Child) -> None:
     lines, ended = child.read()
-    _write(lines)
+    _write(sys.stderr, lines)
     if ended and child.output in tree.selector.get_map():
         tree.selector.unregister(child.output)
 
 
-def _write(lines: bytes) -> None:
-    """Write to stderr. That its reader has gone away is no reason to stop serving."""
-    if lines:
+def _write(stream: TextIO | None, lines: bytes) -> None:
+    """Write to stdout or stderr. That it was closed, or cannot be written any more (a terminal that went away is EIO, a
+    full disk ENOSPC), is no reason to stop serving."""
+    if lines and stream is not None:
         try:
-            sys.stderr.buffer.write(lines)
-            sys.stderr.flush()
-        except BrokenPipeError:
-            log.debug("nobody reads stderr")
+            stream.buffer.write(lines)
+            stream.flush()
+        except OSError as error:
+            log.debug("%s cannot be written: %s", stream.name, error)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from engine.config import ModelFacts, RunConfig, ServerConfig, write_run_config
 from engine.wire.results import Finish
 from engine.wire.sampling import LogprobOptions, Sampling, TextOptions
 from engine.wire.to_frontend import Accepted, Ended, Tokenized
@@ -122,3 +126,26 @@ def test_without_a_tokenizer_only_ids_are_taken() -> None:
         )
         ends.send(tokenize(4, prompts=["x"]))
         assert "skip-tokenizer-init" in ends.take("frontend").error
+
+
+def test_a_tokenizer_that_cannot_be_loaded_is_said_in_one_line(tmp_path: Path) -> None:
+    """The launcher shows a stranger the last lines of a process that failed to start."""
+    (tmp_path / "tokenizer.json").write_text('{"model": 5}')
+    config = RunConfig(
+        server=ServerConfig(),
+        model=source(tmp_path),
+        tokenizer=source(tmp_path),
+        facts=ModelFacts(
+            architectures=[], model_type=None, vocab_size=9, context_length=9, is_generation=True, eos_ids=[]
+        ),
+        runtime_dir=str(tmp_path),
+        launcher_pid=os.getpid(),
+        launch_command="test",
+        started_at=0.0,
+    )
+    write_run_config(config, tmp_path / "run.json")
+    command = [sys.executable, "-m", "tokenizer_proc", "--config", str(tmp_path / "run.json")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith(f"error: {tmp_path / 'tokenizer.json'}: is not a tokenizer: ")
+    assert "Traceback" not in ended.stderr

@@ -22,6 +22,8 @@ import psutil
 import pytest
 
 from engine.config import read_run_config
+from engine.launcher import supervise
+from engine.launcher.listen import open_listener, url_of
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[2]
@@ -206,7 +208,7 @@ def test_a_child_that_is_killed_ends_the_server(start: Start, title: str) -> Non
         pid = launch.pids()[title]
         os.kill(pid, signal.SIGKILL)
         assert launch.ends() == 1
-        assert f"error: {title} (pid {pid}) was killed by SIGKILL" in launch.said
+        assert f"error: {title} (pid {pid}) was killed by SIGKILL (by someone, or by the system because memory" in launch.said
 
 
 def test_a_killed_launcher_leaves_no_process_and_the_next_one_its_folder(start: Start, tmp_path: Path) -> None:
@@ -241,6 +243,42 @@ def test_a_setting_that_does_not_fit_the_model_is_refused(start: Start) -> None:
         assert "answers may be wrong" in launch.said
         launch.process.terminate()
         assert launch.ends() == 0
+
+
+@pytest.mark.parametrize("name", ["SGL_FORCE_SHUTDOWN", "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"])
+def test_a_word_in_the_environment_that_is_no_switch_is_said_at_start(start: Start, name: str) -> None:
+    with start(env={name: "maybe"}, config={"context_length": 129} if "CONTEXT" in name else {}) as launch:
+        assert launch.ends() == 2
+        assert f"environment variable {name}: 'maybe' is neither true nor false" in launch.said
+        assert "Traceback" not in launch.said
+
+
+def test_a_load_format_that_the_model_does_not_have_is_refused(start: Start, tmp_path: Path) -> None:
+    with start(config={"load_format": "gguf"}) as launch:
+        assert launch.ends() == 2
+        assert f"argument --load-format: 'gguf': {tmp_path / 'model'} is read as safetensors" in launch.said
+
+
+def test_output_that_cannot_be_written_does_not_end_the_server() -> None:
+    """A terminal that is closed under a server answers EIO; a stream that was closed from the start is None."""
+    terminal, shown = os.openpty()
+    stream = os.fdopen(shown, "w")
+    os.close(terminal)
+    supervise._write(stream, b"nobody reads this\n")
+    with pytest.raises(OSError):  # so it is still in the buffer, and was not taken
+        stream.close()
+    supervise._write(None, b"nor this\n")
+
+
+@pytest.mark.parametrize("first", [socket.AF_INET, socket.AF_INET6])
+def test_a_name_of_both_families_is_served_on_ipv4(monkeypatch: pytest.MonkeyPatch, first: int) -> None:
+    found = [
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0)),
+        (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", 0, 0, 0)),
+    ]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: sorted(found, key=lambda one: one[0] != first))
+    with open_listener("localhost", 0) as listener:
+        assert url_of(listener, tls=False).startswith("http://127.0.0.1:")
 
 
 def test_a_model_that_is_not_there_is_said(start: Start) -> None:
