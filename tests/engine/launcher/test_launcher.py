@@ -208,7 +208,10 @@ def test_a_child_that_is_killed_ends_the_server(start: Start, title: str) -> Non
         pid = launch.pids()[title]
         os.kill(pid, signal.SIGKILL)
         assert launch.ends() == 1
-        assert f"error: {title} (pid {pid}) was killed by SIGKILL (by someone, or by the system because memory" in launch.said
+        assert (
+            f"error: {title} (pid {pid}) was killed by SIGKILL (by someone, or by the system because memory"
+            in launch.said
+        )
 
 
 def test_a_killed_launcher_leaves_no_process_and_the_next_one_its_folder(start: Start, tmp_path: Path) -> None:
