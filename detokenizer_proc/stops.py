@@ -7,7 +7,8 @@ import time
 import regex
 
 PATTERN_SECONDS = 0.05
-"""Most time that one token's search for the patterns of one request may take: the process serves everyone else too."""
+"""Most CPU time (which is what the regex package's own timeout counts) that one token's search for the patterns of one
+request may take: the process serves everyone else too."""
 
 
 class StopStrings:
@@ -80,7 +81,7 @@ class StopPatterns:
         if not delta and self._text:
             return None
         self._text += delta
-        deadline = time.monotonic() + PATTERN_SECONDS
+        deadline = time.process_time() + PATTERN_SECONDS
         for number, compiled in enumerate(self._compiled):
             try:
                 if compiled.search(self._text, self._from[number], timeout=_left(deadline)):
@@ -93,4 +94,4 @@ class StopPatterns:
 
 
 def _left(deadline: float) -> float:
-    return max(deadline - time.monotonic(), 1e-6)
+    return max(deadline - time.process_time(), 1e-6)

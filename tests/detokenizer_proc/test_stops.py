@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import time
 
 import pytest
 import regex
@@ -187,3 +188,14 @@ def test_a_pattern_that_takes_too_long_ends_its_request() -> None:
     assert text == "a" * 5000
     assert finish is not None and (finish.kind, finish.status) == ("abort", 400)
     assert finish.message is not None and re.escape(evil) in re.escape(finish.message)
+
+
+def test_time_in_which_the_process_did_not_run_is_not_held_against_a_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container over its CPU quota stands still for longer than a search may take."""
+    patterns = ["(a|b)+c.*d", "(b|a)+c.*d"]
+    request = RequestText(opened(stop_regex=patterns), ChunkStreams(["ab" * 500]))  # type: ignore[arg-type]
+    clock = itertools.count(step=60)
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "monotonic", lambda: float(next(clock)))
+        advanced = request.advance(0, None)
+    assert advanced == ("ab" * 500, None)
