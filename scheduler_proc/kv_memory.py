@@ -88,11 +88,13 @@ class KvMemory:
         owned = [request.slots[request.tree_owned : request.computed] for request in running]
         parts = [self.pool.free_slots(), self.tree.all_slots(), *owned]
         held = np.concatenate(parts)
-        if len(held) != self.pool.size or len(np.unique(held)) != self.pool.size:
+        seen = np.zeros(self.pool.size, np.bool_)  # not np.unique: its sort would hold up the next request
+        seen[held] = True
+        if len(held) != self.pool.size or not seen.all():
             free, cached = len(parts[0]), len(parts[1])
             raise InvariantError(
                 f"free {free} + cached {cached} + owned {sum(map(len, owned))} != pool {self.pool.size}, "
-                f"or a slot is held twice ({len(np.unique(held))} different ones)"
+                f"or a slot is held twice ({np.count_nonzero(seen)} different ones)"
             )
         if len(parts[1]) != self.tree.token_count:
             raise InvariantError(f"the tree counts {self.tree.token_count} tokens and holds {len(parts[1])}")

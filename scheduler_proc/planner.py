@@ -21,6 +21,9 @@ DECODE_RESERVE = 16
 """Slots kept in hand for the growth of each running request when another one is admitted."""
 SHARED_PREFIX_WORTH_WAITING = 32
 """A request whose prompt shares this many uncached tokens with one being prefilled waits for that prefill."""
+MOST_PASSED_OVER = 256
+"""So many waiting requests are passed over for a shared prefill before the search for one to admit ends: each costs a
+comparison of prompts, and a queue may hold thousands that begin alike."""
 LPM_CANDIDATES = 128
 """Longest prefix first looks at this many waiting requests, oldest first."""
 
@@ -77,7 +80,8 @@ class Planner:
         budget = self.limits.prefill_budget
         most = self.limits.max_prefills or len(self.running) + len(self.waiting)
         decodes = len(plan)
-        order = iter(self._policy_order())
+        # Sorting the queue costs milliseconds when it is long; while every place is taken nobody can be admitted.
+        order = iter(self._policy_order() if len(self.running) < self.limits.max_running else [])
         prefilling = iter([r for r in self.running if r.outstanding > 1])
         while budget > 0 and len(plan) - decodes < most:
             candidate = next(prefilling, None) or self._admit(order, plan)
@@ -134,10 +138,12 @@ class Planner:
 
     def _admit(self, order: Iterator[Request], plan: list[Extend]) -> Request | None:
         """Admit the next request of `order` for which there is room; None when there is none."""
+        passed_over = 0
         for request in order:
-            if len(self.running) >= self.limits.max_running:
+            if len(self.running) >= self.limits.max_running or passed_over == MOST_PASSED_OVER:
                 return None
             if self._shares_a_prefill(request):
+                passed_over += 1
                 continue
             self.memory.attach(request)
             if self.running and self.memory.available < self._reserved(plan) + request.outstanding + _growth(request):

@@ -83,7 +83,9 @@ class Request:
         position whose logits the prompt logprobs still want."""
         limit = self.length - 1
         if self.prompt_logprobs is not None:
-            limit = min(limit, self.prompt_logprobs.next_row())
+            wanted = self.prompt_logprobs.next_row()
+            if wanted < self.prompt_length - 1:  # the last prompt token's row is about the output
+                limit = min(limit, wanted)
         return limit
 
     def append(self, token: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,7 +61,7 @@ class Scheduler:
     outbox: Outbox[ToDetokenizer]
     statistics: Statistics
     requests: dict[int, Request] = field(default_factory=dict)
-    flushes: deque[tuple[FlushCache, float]] = field(default_factory=deque)
+    flushes: list[tuple[FlushCache, float]] = field(default_factory=list)
     arrivals: int = 0
 
     def loop(self) -> None:
@@ -160,9 +159,13 @@ class Scheduler:
         waiting = self.planner.waiting
         most = self.settings.max_queued
         if most is not None and len(waiting) >= most:
-            if not (self.planner.limits.priorities and waiting):
+            if not self.planner.limits.priorities:
                 return False
-            last = max(waiting, key=lambda r: (self.planner.urgency(r), r.number))
+            # A preempted request that has produced something already keeps its place: its client reads it.
+            unopened = [r for r in waiting if not r.opened]
+            if not unopened:
+                return False
+            last = max(unopened, key=lambda r: (self.planner.urgency(r), r.number))
             if self.planner.urgency(last) <= self.planner.urgency(request):
                 return False
             self._end_waiting(last, Finish("abort", message=OUTRANKED, status=503))
@@ -251,15 +254,17 @@ class Scheduler:
         return _length(request) if request.generated >= request.max_new_tokens else None
 
     def _answer_flushes(self) -> None:
-        while self.flushes:
-            message, deadline = self.flushes[0]
-            if self.requests and time.monotonic() < deadline:
-                return
-            self.flushes.popleft()
-            if not self.requests:
-                self.planner.memory.flush()
-                logger.info("Cache flushed")
-            self.outbox.send(Flushed(message.key, not self.requests))
+        """Flush if idle, and answer each call that this or its own deadline has settled."""
+        now, idle = time.monotonic(), not self.requests
+        due = [flush for flush, deadline in self.flushes if idle or now >= deadline]
+        if not due:
+            return
+        self.flushes = [(flush, deadline) for flush, deadline in self.flushes if not idle and now < deadline]
+        if idle:
+            self.planner.memory.flush()
+            logger.info("Cache flushed")
+        for flush in due:
+            self.outbox.send(Flushed(flush.key, idle))
 
 
 def _length(request: Request) -> Finish:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from scheduler_proc.planner import Extend, Planner
 from scheduler_proc.sampler import SampledRow
@@ -16,14 +15,14 @@ logger = logging.getLogger(__name__)
 class Statistics:
     """Counts since the last log line; one line every `interval` steps that decode, one for each that prefills.
 
-    throughput: output tokens per second over the last interval.
+    throughput: output tokens per second of computing over the last interval; idle times in it do not count.
     """
 
     interval: int
     throughput: float = 0.0
     _steps: int = 0
     _tokens: int = 0
-    _since: float = field(default_factory=time.monotonic)
+    _seconds: float = 0.0
 
     def step(self, plan: list[Extend], sampled: list[SampledRow], seconds: float, planner: Planner) -> None:
         """Count one step that took `seconds`."""
@@ -34,10 +33,10 @@ class Statistics:
                 prefill, len(plan), 1000 * seconds, len(planner.running), len(planner.waiting),
             )  # fmt: skip
         self._tokens += len(sampled)
+        self._seconds += seconds
         self._steps += 1
         if self._steps >= self.interval:
-            now = time.monotonic()
-            self.throughput = self._tokens / max(now - self._since, 1e-9)
+            self.throughput = self._tokens / max(self._seconds, 1e-9)
             memory = planner.memory
             logger.info(
                 "Decode: running %d, waiting %d, %.1f tok/s, KV use %.1f%% + cached %.1f%%",
@@ -46,4 +45,4 @@ class Statistics:
                 100 * memory.tree.evictable_count / memory.pool.size,
             )  # fmt: skip
             self._steps = self._tokens = 0
-            self._since = now
+            self._seconds = 0.0
