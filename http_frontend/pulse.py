@@ -12,6 +12,8 @@ from engine.wire.to_tokenizer import Generate
 from http_frontend.journal import Entry
 from http_frontend.ring import Ring
 
+_PROBE_SECONDS = 1.0
+"""Seconds that the probe gets before the scheduler is asked as well: many who check health wait only a few."""
 _WARM_UP_TOKENS = 8
 _WARM_UP_SECONDS = 600.0
 
@@ -38,7 +40,7 @@ class Pulse:
             self._next_beat = None
 
     async def felt_within(self, seconds: float) -> bool:
-        """Probe, and wait for any message of the scheduler; half-way, ask it for its state as well."""
+        """Probe, and wait for any message of the scheduler; when a second brings none, ask it for its state as well."""
         if self._next_beat is None:
             self._next_beat = self._loop.create_future()
         if not self._probing:
@@ -46,7 +48,8 @@ class Pulse:
             message = probe_message(self._ring.next_key(), "HEALTH_CHECK", None, 1)
             self._ring.journal.submit([Entry(message, self._probed, probe=True)])
         beat = self._next_beat
-        done, _ = await asyncio.wait({beat}, timeout=seconds / 2)
+        patience = min(_PROBE_SECONDS, seconds / 2)
+        done, _ = await asyncio.wait({beat}, timeout=patience)
         if done:
             return True
         # Behind a long prompt the probe has to wait, and chunks of a prompt that are not its last make no message. A
@@ -54,7 +57,7 @@ class Pulse:
         if not self._asking:
             self._asking = True
             self._ring.nudge()
-        done, _ = await asyncio.wait({beat}, timeout=seconds / 2)
+        done, _ = await asyncio.wait({beat}, timeout=seconds - patience)
         return bool(done)
 
     def _probed(self, _entry: Entry) -> None:

@@ -13,7 +13,7 @@ import uvicorn
 import uvloop
 import zmq
 
-from engine.config import RunConfig, ServerConfig
+from engine.config import ConfigError, RunConfig, ServerConfig
 from engine.config.environment import number
 from engine.wire.process import report_ready
 from http_frontend.app import build_app
@@ -65,8 +65,9 @@ async def _serve(run: RunConfig, listener: socket.socket, context: zmq.Context[z
 
 
 def _uvicorn_config(server: ServerConfig, frontend: Frontend) -> uvicorn.Config:
+    """Raises ConfigError for TLS files that are none."""
     _set_up_access_log(server)
-    return uvicorn.Config(
+    config = uvicorn.Config(
         build_app(frontend),
         http="httptools",
         ws="none",
@@ -83,6 +84,12 @@ def _uvicorn_config(server: ServerConfig, frontend: Frontend) -> uvicorn.Config:
         ssl_ca_certs=server.ssl_ca_certs,
         ssl_keyfile_password=server.ssl_keyfile_password,
     )
+    try:
+        config.load()
+    except OSError as error:  # as which the ssl module tells what is wrong with a key, a certificate or a password
+        files = [server.ssl_keyfile, server.ssl_certfile, *([server.ssl_ca_certs] if server.ssl_ca_certs else [])]
+        raise ConfigError(f"the --ssl-... files {', '.join(map(str, files))} cannot be used: {error}") from None
+    return config
 
 
 def _set_up_access_log(server: ServerConfig) -> None:

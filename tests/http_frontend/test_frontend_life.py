@@ -9,6 +9,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -183,14 +184,23 @@ def test_tls(tmp_path: Path) -> None:
             assert client.post("/generate", json=call("ab", 3)).json()["text"] == expected("ab", 3)[0]
 
 
-def test_wrong_preferred_parameters_end_the_process_with_the_flags_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("server", "part"),
+    [
+        ({"preferred_sampling_params": {"top": 1}}, "--preferred-sampling-params"),
+        ({"ssl_keyfile": __file__, "ssl_certfile": __file__}, f"the --ssl-... files {__file__}, {__file__} cannot"),
+    ],
+)
+def test_settings_that_cannot_be_used_end_the_process_with_the_flags_name(
+    tmp_path: Path, server: dict[str, Any], part: str
+) -> None:
     listener = socket.create_server(("127.0.0.1", 0))
-    write_run_config(run_config(str(tmp_path), os.getpid(), preferred_sampling_params={"top": 1}), tmp_path / "c")
+    write_run_config(run_config(str(tmp_path), os.getpid(), **server), tmp_path / "c")
     command = [sys.executable, "-m", "http_frontend", "--config", str(tmp_path / "c"), "--fd", str(listener.fileno())]
     with listener:
         ended = subprocess.run(
             command, cwd=REPOSITORY, pass_fds=(listener.fileno(),), capture_output=True, timeout=20, check=False
         )
     assert ended.returncode == 1
-    assert b"--preferred-sampling-params" in ended.stderr
+    assert part.encode() in ended.stderr
     assert b"Traceback" not in ended.stderr
