@@ -223,7 +223,8 @@ class Scheduler:
     def _store_prefills(self, plan: list[Extend]) -> None:
         """Share what a prefill has computed at once, not only when its request ends."""
         for step in plan:
-            if step.request.computed <= step.request.prompt_length:
+            # A request that comes back prefills its earlier output too, perhaps in one chunk with its prompt.
+            if step.count > 1 or step.request.computed <= step.request.prompt_length:
                 self.planner.memory.store(step.request)
 
     def _emit(self, request: Request, row: SampledRow, rows: StepRows) -> None:

@@ -35,7 +35,7 @@ class StepOutput(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
     opened: requests of `keys` that appear for the first time.
     finished, logprobs: by row number, only for the rows that have one.
-    retracted: key → how often it has been preempted, for rows where that changed.
+    retracted: key → how often it has been preempted, for the rows of requests that have been.
     """
 
     opened: list[Opened]

@@ -124,3 +124,18 @@ def test_throughput_counts_the_seconds_of_steps_only() -> None:
     for _ in range(2):
         statistics.step([], [SampledRow(1, None)] * 4, 0.5, scheduler.planner)
     assert statistics.throughput == 8.0
+
+
+def test_the_prefill_of_a_request_that_comes_back_is_shared_at_once() -> None:
+    prompt = list(range(1, 41))
+    whole = expected_tokens(prompt, 10)
+    scheduler, sent, model = simulated_scheduler(300, prefill_budget=64)
+    scheduler.handle(admit(0, prompt, new=10, earlier=whole[:5]))
+    scheduler.step()
+    assert model.computed == 45
+    scheduler.handle(admit(1, prompt, new=10))
+    scheduler.step()
+    assert model.computed == 45 + 1 + 1
+    run_to_end(scheduler)
+    assert sent.tokens == {0: whole, 1: whole}
+    assert sent.opened[1].cached_tokens == 39
