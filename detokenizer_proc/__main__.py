@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import sys
 
 import zmq
 
 from detokenizer_proc.replies import detokenized
 from detokenizer_proc.steps import StepDecoder
-from engine.checkpoints.tokenizer import load_tokenizer
+from engine.checkpoints.errors import CheckpointError
+from engine.checkpoints.tokenizer import Tokenizer, load_tokenizer
+from engine.config import RunConfig
 from engine.wire.process import arguments, begin, report_ready
 from engine.wire.sockets import Inbox, Outbox
 from engine.wire.to_detokenizer import Detokenize, StepOutput, ToDetokenizer
@@ -18,13 +21,14 @@ from engine.wire.to_scheduler import StopSeen, ToScheduler
 
 def main() -> None:
     config = begin(arguments("the detokenizer process").config, "detokenizer")
+    try:
+        tokenizer = _load(config)
+    except CheckpointError as error:
+        sys.exit(f"error: {error}")
     context = zmq.Context()
     inbox: Inbox[ToDetokenizer] = Inbox(context, config.runtime_dir, "detokenizer", ToDetokenizer)
     frontend: Outbox[ToFrontend] = Outbox(context, config.runtime_dir, "frontend")
     scheduler: Outbox[ToScheduler] = Outbox(context, config.runtime_dir, "scheduler")
-    tokenizer = None
-    if config.tokenizer is not None and not config.server.skip_tokenizer_init:
-        tokenizer = load_tokenizer(config.tokenizer, mode=config.server.tokenizer_mode)
     decoder = StepDecoder(tokenizer)
     gc.collect()
     gc.freeze()  # what is loaded now lives until the end: the collector need not look at it again
@@ -44,6 +48,12 @@ def main() -> None:
                 if isinstance(message, Ended):
                     decoder.forget(message.key)
                 frontend.send(message)
+
+
+def _load(config: RunConfig) -> Tokenizer | None:
+    if config.tokenizer is None or config.server.skip_tokenizer_init:
+        return None
+    return load_tokenizer(config.tokenizer, mode=config.server.tokenizer_mode)
 
 
 if __name__ == "__main__":

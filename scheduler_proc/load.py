@@ -60,6 +60,7 @@ def load_engine(config: RunConfig, *, started: float) -> Engine:
     model_config = read_model_config(config.model, server.json_model_override_args)
     dtype = model_dtype(server.dtype, model_config)
     model = build_model(model_config, dtype=dtype, device="cpu", ops=reference)
+    check_fits(model.weight_bytes, available)
     mark = time.monotonic()
     fill_weights(model, config, model_config)
     seconds["weights"] = time.monotonic() - mark
@@ -114,6 +115,15 @@ def fill_weights(model: Model, config: RunConfig, model_config: ModelConfig) -> 
             bar.update(done - bar.n)
 
         load_weights(reader, model.places, ignore=model.ignored, progress=advance)
+
+
+def check_fits(weight_bytes: int, available: int) -> None:
+    """Raise ConfigError for a model that is larger than the free memory, before it fills that."""
+    if weight_bytes > available:
+        raise ConfigError(
+            f"the weights take {weight_bytes / 1e9:.1f} GB, and {available / 1e9:.1f} GB of memory are free; "
+            "a smaller model or --dtype bfloat16 may fit"
+        )
 
 
 def pool_size(server: ServerConfig, context: int, token_bytes: int, weight_bytes: int, available: int) -> int:

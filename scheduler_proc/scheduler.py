@@ -178,7 +178,7 @@ class Scheduler:
 
     def _abort(self, keys: list[int]) -> None:
         rows = StepRows()
-        for request in [self.requests[key] for key in keys if key in self.requests]:
+        for request in [self.requests[key] for key in dict.fromkeys(keys) if key in self.requests]:
             if request in self.planner.waiting and not request.opened:
                 self._end_waiting(request, Finish("abort", message="Abort in waiting queue"))
             else:

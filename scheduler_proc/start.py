@@ -35,10 +35,11 @@ def main(started: float) -> None:
     inbox: Inbox[ToScheduler] = Inbox(context, config.runtime_dir, NAME, ToScheduler)
     try:
         engine = load_engine(config, started=started)
+        loop_settings = settings(config, engine, started)
     except (CheckpointError, ConfigError) as error:
         sys.exit(f"error: {error}")
     scheduler = Scheduler(
-        settings=settings(config, engine, started),
+        settings=loop_settings,
         planner=Planner(planner_limits(config, engine), memory(config, engine)),
         runner=Runner(engine.model, engine.cache),
         inbox=inbox,
