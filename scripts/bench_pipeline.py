@@ -1,6 +1,6 @@
 """What the pipeline costs: CPU time per streamed token of every process but the scheduler.
 
-python -m scripts.bench_pipeline [--streams 32] [--tokens 128] [--incremental] [--model PATH]
+python -m scripts.bench_pipeline [--streams 32] [--tokens 128] [--incremental] [--model PATH] [--dtype bfloat16]
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--incremental", action="store_true")
     parser.add_argument("--model", default=None)
+    parser.add_argument("--dtype", default="auto")
     options = parser.parse_args()
     flags = ["--incremental-streaming-output"] if options.incremental else []
-    with running_server("--log-level", "warning", *flags, model=options.model) as server:
+    with running_server("--log-level", "warning", "--dtype", options.dtype, *flags, model=options.model) as server:
         asyncio.run(_round(server, options.streams, 8))
         for _ in range(options.rounds):
             before = _cpu(server)
