@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import sys
 
 import zmq
@@ -11,6 +10,7 @@ import zmq
 from engine.checkpoints.errors import CheckpointError
 from engine.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from engine.config import ConfigError, RunConfig
+from engine.config.environment import count_limit
 from engine.wire.process import arguments, begin, report_ready
 from engine.wire.sockets import Inbox, Outbox
 from engine.wire.to_frontend import Ended, ToFrontend
@@ -19,8 +19,6 @@ from engine.wire.to_tokenizer import Generate, Tokenize, ToTokenizer
 from tokenizer_proc.admission import admit
 from tokenizer_proc.replies import tokenized
 from tokenizer_proc.validation import Bounds
-
-LIMIT_VARIABLES = ("TOKENMILL_MAX_NEW_TOKENS_LIMIT", "SGLANG_MAX_NEW_TOKENS_LIMIT")
 
 
 def main() -> None:
@@ -60,7 +58,7 @@ def bounds_of(config: RunConfig) -> Bounds:
         vocab_size=config.facts.vocab_size,
         context_length=config.facts.context_length,
         auto_truncate=config.server.allow_auto_truncate,
-        max_new_tokens_limit=_limit(),
+        max_new_tokens_limit=count_limit("MAX_NEW_TOKENS_LIMIT"),
         has_tokenizer=not config.server.skip_tokenizer_init,
     )
 
@@ -70,16 +68,6 @@ def _load(config: RunConfig) -> Tokenizer | None:
     if config.tokenizer is None or server.skip_tokenizer_init:
         return None
     return load_tokenizer(config.tokenizer, mode=server.tokenizer_mode, chat_template=server.chat_template)
-
-
-def _limit() -> int | None:
-    for name in LIMIT_VARIABLES:
-        word = os.environ.get(name)
-        if word:
-            if not word.isascii() or not word.isdigit():
-                raise ConfigError(f"{name}={word!r} is not a number of tokens (0 or more)")
-            return int(word)
-    return None
 
 
 if __name__ == "__main__":

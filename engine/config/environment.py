@@ -46,3 +46,13 @@ def time_limit(name: str) -> float | None:
     """A limit in seconds; unset or negative means none."""
     seconds = number(name, -1.0)
     return None if seconds < 0 else seconds
+
+
+def count_limit(name: str) -> int | None:
+    """A limit that is a whole number, 0 or more; unset means none. Raises ConfigError naming it on anything else."""
+    value = setting(name)
+    if value is None:
+        return None
+    if not (value.isascii() and value.isdigit()):
+        raise ConfigError(f"environment variable {_spelling(name)}: {value!r} is not a whole number, 0 or more")
+    return int(value)

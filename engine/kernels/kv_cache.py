@@ -19,10 +19,6 @@ class KvCache:
     keys: torch.Tensor
     values: torch.Tensor
 
-    @property
-    def num_slots(self) -> int:
-        return self.keys.shape[1]
-
 
 def allocate_kv_cache(config: ModelConfig, slots: int, dtype: torch.dtype, device: torch.device | str) -> KvCache:
     """A pool of `slots` slots, not initialised (so that memory is only touched as it is used)."""
