@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <stdexcept>
 
+#include "bind_plan.h"
 #include "noise.h"
 
 namespace nb = nanobind;
@@ -32,6 +33,7 @@ Doubles uniforms(Column<std::uint64_t> seeds, Column<std::int64_t> positions) {
 }  // namespace
 
 NB_MODULE(_cpu, module) {
+    tokenmill::bind_plan(module);
     module.def("uniforms", &uniforms, nb::arg("seeds").noconvert(), nb::arg("positions").noconvert(),
                "uint64[N] seeds, int64[N] positions -> float64[N] in [0, 1); see engine/kernels/noise.py");
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -18,3 +19,31 @@ class WeightReader(Protocol):
     def read_into(self, name: str, destination: torch.Tensor) -> None:
         """Copy a tensor into `destination` (same shape), converting it to the dtype of `destination`."""
         ...
+
+
+class Place(Protocol):
+    """Where a tensor of a checkpoint belongs."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def write(self, start: int, rows: torch.Tensor) -> None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class TensorPlace:
+    tensor: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.nbytes
+
+    def write(self, start: int, rows: torch.Tensor) -> None:
+        self.tensor[start : start + len(rows)].copy_(rows)

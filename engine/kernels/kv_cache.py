@@ -7,13 +7,15 @@ from dataclasses import dataclass
 import torch
 
 from engine.checkpoints.model_config import ModelConfig
+from engine.kernels.host_memory import host_tensor
 
 
 @dataclass(frozen=True, eq=False)
 class KvCache:
-    """keys, values: [layers, slots, kv_heads, head_dim], contiguous; the keys are stored rotated.
+    """keys, values: [layers, kv_heads, slots, head_dim], contiguous; the keys are stored rotated.
 
-    Their dtype may differ from the activations'. Who owns which slot is the scheduler's affair.
+    Slots in a row are memory in a row, for each head: long contexts are streamed. The dtype may differ from the
+    activations'. Who owns which slot is the scheduler's affair.
     """
 
     keys: torch.Tensor
@@ -22,10 +24,9 @@ class KvCache:
 
 def allocate_kv_cache(config: ModelConfig, slots: int, dtype: torch.dtype, device: torch.device | str) -> KvCache:
     """A pool of `slots` slots, not initialised (so that memory is only touched as it is used)."""
-    shape = (config.num_layers, slots, config.num_kv_heads, config.head_dim)
-    return KvCache(
-        keys=torch.empty(shape, dtype=dtype, device=device), values=torch.empty(shape, dtype=dtype, device=device)
-    )
+    shape = (config.num_layers, config.num_kv_heads, slots, config.head_dim)
+    allocate = host_tensor if torch.device(device).type == "cpu" else torch.empty
+    return KvCache(keys=allocate(shape, dtype=dtype), values=allocate(shape, dtype=dtype))
 
 
 def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:

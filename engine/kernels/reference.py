@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from engine.kernels.batch import RaggedBatch
+from engine.kernels.dense import DenseMatrix
 from engine.kernels.reference_attention import AttentionPlan, attend, plan_attention
 from engine.kernels.table import RotaryFrequencies
 
@@ -41,16 +42,21 @@ def begin_step(
         cos=torch.cat((cos, cos), dim=-1),
         sin=torch.cat((-sin, sin), dim=-1),
         slots=batch.slots,
-        attention={window: plan_attention(batch, kv_heads, window) for window in windows},
+        attention={window: plan_attention(batch, window) for window in windows},
     )
 
 
-def embedding(token_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return functional.embedding(token_ids, weight)
+def embedding(token_ids: torch.Tensor, weight: DenseMatrix) -> torch.Tensor:
+    return functional.embedding(token_ids, weight.weight)
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return functional.linear(x, weight, bias)
+def linear(x: torch.Tensor, weight: DenseMatrix) -> torch.Tensor:
+    return functional.linear(x, weight.weight, weight.offset)
+
+
+def gated_linear(x: torch.Tensor, weight: DenseMatrix) -> torch.Tensor:
+    gate, up = linear(x, weight).chunk(2, dim=-1)
+    return functional.silu(gate) * up
 
 
 def rms_norm(
@@ -69,7 +75,7 @@ def rotary_store(
     values: torch.Tensor,
     step: StepContext,
 ) -> torch.Tensor:
-    kv_heads, head_dim = keys.shape[1:]
+    kv_heads, head_dim = keys.shape[0], keys.shape[2]
     heads = qkv.view(qkv.shape[0], -1, head_dim)
     query_heads = heads.shape[1] - 2 * kv_heads
     rotated = heads[:, : query_heads + kv_heads]
@@ -79,8 +85,8 @@ def rotary_store(
         k_normed = functional.rms_norm(new_keys, k_norm.shape, k_norm, eps)
         rotated = torch.cat((q_normed, k_normed), dim=1)
     rotated = _rotate(rotated, step.cos, step.sin)
-    keys.index_copy_(0, step.slots, rotated[:, query_heads:].to(keys.dtype))
-    values.index_copy_(0, step.slots, heads[:, query_heads + kv_heads :].to(values.dtype))
+    keys.index_copy_(1, step.slots, rotated[:, query_heads:].to(keys.dtype).transpose(0, 1))
+    values.index_copy_(1, step.slots, heads[:, query_heads + kv_heads :].to(values.dtype).transpose(0, 1))
     return rotated[:, :query_heads]
 
 
@@ -103,15 +109,11 @@ def attention(
     return attend(step.attention[window], queries, keys, values, scale)
 
 
-def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return functional.silu(gate) * up
-
-
-def logits(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    if weight.dtype == torch.float32:
-        return functional.linear(rows, weight)
+def logits(rows: torch.Tensor, weight: DenseMatrix) -> torch.Tensor:
+    head = weight.weight
+    if head.dtype == torch.float32:
+        return functional.linear(rows, head)
     # Logits rounded to bfloat16 would tie; a matrix product that returns float32 needs float32 inputs on a CPU.
     rows = rows.to(torch.float32)
-    block = max(1, LOGITS_BLOCK // weight.shape[1])
-    return torch.cat([functional.linear(rows, part.to(torch.float32)) for part in weight.split(block)], dim=-1)
+    block = max(1, LOGITS_BLOCK // head.shape[1])
+    return torch.cat([functional.linear(rows, part.to(torch.float32)) for part in head.split(block)], dim=-1)

@@ -24,7 +24,7 @@ SHORT_CONTEXT = 128
 
 @dataclass(frozen=True, eq=False)
 class DecodeGroup:
-    """n decodes. rows: int64 [n] of the batch. gather: int64 [n * K * longest], see `_pool_rows`.
+    """n decodes. rows: int64 [n] of the batch. gather: int64 [n, longest], the slots that they read.
 
     visible: bool [n, 1, 1, longest], or None where all contexts have one length.
     """
@@ -50,7 +50,7 @@ class QueryBlock:
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """One sequence's run of new tokens. gather: int64 [K * keys], all that its blocks read, see `_pool_rows`."""
+    """One sequence's run of new tokens. gather: int64 [keys], the slots of all that its blocks read."""
 
     gather: torch.Tensor
     blocks: tuple[QueryBlock, ...]
@@ -62,7 +62,7 @@ class AttentionPlan:
     chunks: tuple[Chunk, ...]
 
 
-def plan_attention(batch: RaggedBatch, kv_heads: int, window: int | None) -> AttentionPlan:
+def plan_attention(batch: RaggedBatch, window: int | None) -> AttentionPlan:
     """Which queries of `batch` read which keys together, under a sliding window or none."""
     decodes: list[tuple[int, int]] = []  # (keys to read, sequence)
     chunks: list[Chunk] = []
@@ -70,8 +70,8 @@ def plan_attention(batch: RaggedBatch, kv_heads: int, window: int | None) -> Att
         if batch.query_starts[sequence + 1] - batch.query_starts[sequence] == 1:
             decodes.append((length if window is None else min(length, window), sequence))
         else:
-            chunks.append(_plan_chunk(batch, kv_heads, sequence, window))
-    groups = tuple(_plan_decodes(batch, kv_heads, group) for group in _similar_lengths(decodes))
+            chunks.append(_plan_chunk(batch, sequence, window))
+    groups = tuple(_plan_decodes(batch, group) for group in _similar_lengths(decodes))
     return AttentionPlan(groups, tuple(chunks))
 
 
@@ -88,7 +88,7 @@ def _similar_lengths(decodes: list[tuple[int, int]]) -> list[list[tuple[int, int
     return groups
 
 
-def _plan_decodes(batch: RaggedBatch, kv_heads: int, group: list[tuple[int, int]]) -> DecodeGroup:
+def _plan_decodes(batch: RaggedBatch, group: list[tuple[int, int]]) -> DecodeGroup:
     device = batch.context_slots.device
     longest, shortest = group[0][0], group[-1][0]
     rows = torch.tensor([batch.query_starts[sequence] for _, sequence in group], device=device)
@@ -98,19 +98,10 @@ def _plan_decodes(batch: RaggedBatch, kv_heads: int, group: list[tuple[int, int]
     # Padding repeats the last key: it is masked, but must be a slot that has been written.
     keys = stops[:, None] - lengths + torch.minimum(column, lengths - 1)
     visible = None if longest == shortest else (column < lengths)[:, None, None, :]
-    return DecodeGroup(rows, _pool_rows(batch.context_slots[keys], kv_heads), visible)
+    return DecodeGroup(rows, batch.context_slots[keys], visible)
 
 
-def _pool_rows(slots: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """Which rows of a pool seen as [slots * K, D] to gather to get [n, K, length, D], of slots [n, length].
-
-    One head after the other: products over keys that lie next to each other are several times as fast.
-    """
-    heads = torch.arange(kv_heads, device=slots.device)[:, None]
-    return (slots[:, None, :] * kv_heads + heads).view(-1)
-
-
-def _plan_chunk(batch: RaggedBatch, kv_heads: int, sequence: int, window: int | None) -> Chunk:
+def _plan_chunk(batch: RaggedBatch, sequence: int, window: int | None) -> Chunk:
     start, stop = batch.query_starts[sequence], batch.query_starts[sequence + 1]
     length, base = batch.context_lengths[sequence], batch.context_starts[sequence]
     cached = length - (stop - start)
@@ -129,13 +120,13 @@ def _plan_chunk(batch: RaggedBatch, kv_heads: int, sequence: int, window: int | 
                 visible &= key > query - window
         blocks.append(QueryBlock(start + first, start + last, first_key - skipped, last_key - skipped, visible))
     slots = batch.context_slots[base + skipped : base + length]
-    return Chunk(_pool_rows(slots[None], kv_heads), tuple(blocks))
+    return Chunk(slots, tuple(blocks))
 
 
 def attend(
     plan: AttentionPlan, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """queries: [T, Q, D]; keys, values: [slots, K, D] → [T, Q D]. Scores and softmax are float32 inside."""
+    """queries: [T, Q, D]; keys, values: [K, slots, D] → [T, Q D]. Scores and softmax are float32 inside."""
     output = torch.empty_like(queries, memory_format=torch.contiguous_format)
     for group in plan.decodes:
         _attend_decodes(group, queries, keys, values, scale, output)
@@ -152,11 +143,12 @@ def _attend_decodes(
     scale: float,
     output: torch.Tensor,
 ) -> None:
-    count, (kv_heads, head_dim) = len(group.rows), keys.shape[1:]
+    count, kv_heads, head_dim = len(group.rows), keys.shape[0], keys.shape[2]
     # The query heads that share a key head stand where several queries would: all of them see the same keys.
     grouped = queries[group.rows].view(count, kv_heads, -1, head_dim)
     group_keys, group_values = (
-        _gather(pool, group.gather, queries.dtype).view(count, kv_heads, -1, head_dim) for pool in (keys, values)
+        _gather(pool, group.gather.view(-1), queries.dtype).view(kv_heads, count, -1, head_dim).transpose(0, 1)
+        for pool in (keys, values)
     )
     result = functional.scaled_dot_product_attention(
         grouped, group_keys, group_values, attn_mask=group.visible, scale=scale
@@ -172,10 +164,7 @@ def _attend_chunk(
     scale: float,
     output: torch.Tensor,
 ) -> None:
-    kv_heads, head_dim = keys.shape[1:]
-    chunk_keys, chunk_values = (
-        _gather(pool, chunk.gather, queries.dtype).view(kv_heads, -1, head_dim) for pool in (keys, values)
-    )
+    chunk_keys, chunk_values = (_gather(pool, chunk.gather, queries.dtype) for pool in (keys, values))
     for block in chunk.blocks:
         result = functional.scaled_dot_product_attention(
             queries[block.start : block.stop].transpose(0, 1)[None],
@@ -189,5 +178,6 @@ def _attend_chunk(
         output[block.start : block.stop] = result[0].transpose(0, 1)
 
 
-def _gather(pool: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return pool.view(-1, pool.shape[-1]).index_select(0, rows).to(dtype)
+def _gather(pool: torch.Tensor, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Slots [n] of a pool [K, slots, D] → [K, n, D]."""
+    return pool.index_select(1, slots).to(dtype)

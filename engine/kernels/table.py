@@ -1,23 +1,31 @@
-"""The op table: what each op means. A model is written once against it, and an implementation is a module
-(or object) that has all of these functions.
+"""The op table: what each op means. A model is written once against it, and an implementation is an object that has
+all of these methods; a backend brings it together with memory of its own layout.
 
-Ops are the only thing that touches activations: a model neither slices, adds nor reshapes what an op returned,
-so that an implementation may record the calls of a step as a plan and replay it.
+Ops are the only thing that touches activations: a model neither slices, adds nor reshapes what an op returned, and what
+it gets may be a mere name for something that is computed later. So an implementation can run the ops as they are
+called (`reference`), or record the calls of a step once as a plan and replay it (`cpu`).
 
 Letters in shapes: T tokens of the step, H hidden size, Q query heads, K key/value heads (Q is a multiple of K;
 query head h reads key/value head h // (Q / K)), D head size, F width of the MLP, V vocabulary, R rows.
-"Activations" are of one floating dtype, that of the weights. Sums of products and the softmax accumulate in
-float32 whatever that dtype is; results are rounded to it.
+"Activations" are of one floating dtype, that of the weights, or more precise. Sums of products and the softmax
+accumulate in float32 whatever that dtype is.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from engine.checkpoints.weights import Place
 from engine.kernels.batch import RaggedBatch
+from engine.kernels.kv_cache import KvCache
+
+Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +34,37 @@ class RotaryFrequencies:
 
     inverse: torch.Tensor
     factor: float
+
+
+class Matrix(Protocol):
+    """Weights [outputs, inputs] and perhaps a bias [outputs], in whatever layout the implementation likes."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def rows(self, start: int, stop: int) -> Place:
+        """The place of weight rows [start, stop)."""
+        ...
+
+    def bias(self, start: int, stop: int) -> Place:
+        """The place of the bias of these rows. Raises ValueError for a matrix without one."""
+        ...
+
+
+class Program(Protocol):
+    """A model's step with its KV pool, ready to run."""
+
+    def run(self, batch: RaggedBatch, rows: Rows) -> torch.Tensor:
+        """Compute a step: writes the new tokens' K and V into the pool.
+
+        Returns the logits of `rows` (indices into the batch's tokens), float32 [R, V] on the host or the device. The
+        tensor may be overwritten in place, and is valid until the program's next call.
+        """
+        ...
+
+    def logits(self, rows: Rows) -> torch.Tensor:
+        """The logits of other rows of the last step, likewise."""
+        ...
 
 
 class Ops(Protocol):
@@ -41,12 +80,16 @@ class Ops(Protocol):
         """
         ...
 
-    def embedding(self, token_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Rows of `weight` [V, H] for int64 token ids [T] → activations [T, H]."""
+    def embedding(self, token_ids: torch.Tensor, weight: Any) -> torch.Tensor:
+        """Rows of the matrix `weight` [V, H] for int64 token ids [T] → activations [T, H]."""
         ...
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x [T, in] times the transpose of weight [out, in], plus bias [out] → activations [T, out]."""
+    def linear(self, x: torch.Tensor, weight: Any) -> torch.Tensor:
+        """x [T, in] times the transpose of the matrix [out, in], plus its bias → activations [T, out]."""
+        ...
+
+    def gated_linear(self, x: torch.Tensor, weight: Any) -> torch.Tensor:
+        """silu(gate) * up, where gate and up are the halves of x [T, in] through a gated matrix [2 F, in] → [T, F]."""
         ...
 
     def rms_norm(
@@ -72,7 +115,7 @@ class Ops(Protocol):
 
         qkv: [T, (Q + 2 K) D]: all query heads, then all key heads, then all value heads.
         q_norm, k_norm: [D] or both None: scale of an RMS norm of each head, applied before the rotation.
-        keys, values: [slots, K, D], one layer's pool, written at the batch's `slots`.
+        keys, values: [K, slots, D], one layer's pool, written at the batch's `slots`.
         Of each head the first rotary_dim channels are rotated, channel i with channel i + rotary_dim / 2, by the
         angle position * inverse[i]; the others pass through. Returns the queries, [T, Q, D].
         """
@@ -89,16 +132,42 @@ class Ops(Protocol):
     ) -> torch.Tensor:
         """Causal attention of the new tokens over their sequences' contexts in the pool.
 
-        queries: [T, Q, D]; keys, values: [slots, K, D]. scale multiplies the scores before the softmax.
+        queries: [T, Q, D]; keys, values: [K, slots, D]. scale multiplies the scores before the softmax.
         window: a token sees itself and at most the window - 1 tokens before it; None: all before it.
         Returns [T, Q D], heads in order.
         """
         ...
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """silu(gate) * up, of gate_up [T, 2 F] whose first half is the gate → [T, F]."""
+    def logits(self, rows: torch.Tensor, weight: Any) -> torch.Tensor:
+        """rows [R, H] times the transpose of the matrix [V, H] → float32 [R, V], not rounded to the weights' dtype."""
         ...
 
-    def logits(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """rows [R, H] times the transpose of weight [V, H] → float32 [R, V], not rounded to the weights' dtype."""
+
+class Backend(Protocol):
+    """One implementation with its own memory layouts: allocates weights, and makes programs of models."""
+
+    @property
+    def name(self) -> str: ...
+
+    def matrix(
+        self, outputs: int, inputs: int, dtype: torch.dtype, *, bias: bool = False, gated: bool = False
+    ) -> Matrix:
+        """Allocate weights, unfilled. gated: for `gated_linear`; the first half of the outputs are the gates."""
+        ...
+
+    def vector(self, size: int, dtype: torch.dtype) -> torch.Tensor:
+        """Allocate the scale of a norm, unfilled: [size] is to be filled, what may come behind it is not."""
+        ...
+
+    def compile(
+        self,
+        step: Callable[[Ops, RaggedBatch, KvCache], Any],
+        head: Callable[[Ops, Any], Any],
+        cache: KvCache,
+        dtype: torch.dtype,
+    ) -> Program:
+        """Make a program of a model's two functions: a step → hidden [T, H], and rows of hidden [R, H] → logits.
+
+        Both consist of calls of ops. They may be called once, now, or at each step. dtype: of the model's weights.
+        """
         ...

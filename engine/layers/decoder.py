@@ -9,9 +9,10 @@ import torch
 
 from engine.checkpoints.errors import CheckpointError
 from engine.checkpoints.model_config import ModelConfig
+from engine.checkpoints.weights import Place
 from engine.kernels.batch import RaggedBatch
 from engine.kernels.kv_cache import KvCache
-from engine.kernels.table import Ops, RotaryFrequencies
+from engine.kernels.table import Backend, Ops, Program, RotaryFrequencies
 from engine.layers.rope import rotary_frequencies
 from engine.layers.weights import (
     AttentionWeights,
@@ -20,6 +21,7 @@ from engine.layers.weights import (
     MlpWeights,
     allocate_decoder,
     ignored_names,
+    weight_bytes,
 )
 
 
@@ -29,19 +31,23 @@ class Decoder:
 
     config: ModelConfig
     traits: DecoderTraits
+    dtype: torch.dtype
     weights: DecoderWeights
     rotary: RotaryFrequencies
-    places: dict[str, torch.Tensor]
+    places: dict[str, Place]
     ignored: tuple[str, ...]
-    ops: Ops
+    backend: Backend
 
     @property
     def weight_bytes(self) -> int:
-        return sum(place.nbytes for place in self.places.values())
+        return weight_bytes(self.weights)
 
-    @torch.inference_mode()
-    def hidden(self, batch: RaggedBatch, cache: KvCache) -> torch.Tensor:
-        ops, weights, eps = self.ops, self.weights, self.config.rms_norm_eps
+    def program(self, cache: KvCache) -> Program:
+        return self.backend.compile(self._hidden, self._logits, cache, self.dtype)
+
+    def _hidden(self, ops: Ops, batch: RaggedBatch, cache: KvCache) -> torch.Tensor:
+        """One step: the new tokens → [T, hidden] after the final norm."""
+        weights, eps = self.weights, self.config.rms_norm_eps
         windows = tuple(dict.fromkeys(self.traits.windows))
         step = ops.begin_step(batch, self.rotary, self.config.num_kv_heads, windows)
         x = ops.embedding(batch.token_ids, weights.embedding)
@@ -55,9 +61,8 @@ class Decoder:
             x = gated_mlp(ops, layer.mlp, x)
         return ops.rms_norm(x, residual, weights.final_norm, eps)[0]
 
-    @torch.inference_mode()
-    def logits(self, hidden_rows: torch.Tensor) -> torch.Tensor:
-        return self.ops.logits(hidden_rows, self.weights.head)
+    def _logits(self, ops: Ops, hidden_rows: torch.Tensor) -> torch.Tensor:
+        return ops.logits(hidden_rows, self.weights.head)
 
 
 def attention_block(
@@ -71,33 +76,33 @@ def attention_block(
     step: Any,
 ) -> torch.Tensor:
     """Attention with its projections: x [T, hidden] → [T, hidden]; keys, values: one layer's pool, written at first."""
-    qkv = ops.linear(x, weights.qkv.weight, weights.qkv.bias)
+    qkv = ops.linear(x, weights.qkv)
     queries = ops.rotary_store(qkv, weights.q_norm, weights.k_norm, eps, keys, values, step)
     head_dim: int = keys.shape[2]
     attended = ops.attention(queries, keys, values, head_dim**-0.5, window, step)
-    return ops.linear(attended, weights.output.weight, weights.output.bias)
+    return ops.linear(attended, weights.output)
 
 
 def gated_mlp(ops: Ops, weights: MlpWeights, x: torch.Tensor) -> torch.Tensor:
     """down(silu(gate(x)) * up(x)): x [T, hidden] → [T, hidden]."""
-    gate_up = ops.linear(x, weights.gate_up.weight, weights.gate_up.bias)
-    return ops.linear(ops.silu_mul(gate_up), weights.down.weight, weights.down.bias)
+    return ops.linear(ops.gated_linear(x, weights.gate_up), weights.down)
 
 
 def build_decoder(
-    config: ModelConfig, traits: DecoderTraits, *, dtype: torch.dtype, device: torch.device | str, ops: Ops
+    config: ModelConfig, traits: DecoderTraits, *, dtype: torch.dtype, backend: Backend
 ) -> Decoder:
     """Allocate a decoder. Raises CheckpointError where the config asks for what a decoder of this shape has not."""
     _check(config, traits)
-    weights, places = allocate_decoder(config, traits, dtype, device)
+    weights, places = allocate_decoder(config, traits, dtype, backend)
     return Decoder(
         config=config,
         traits=traits,
+        dtype=dtype,
         weights=weights,
-        rotary=rotary_frequencies(config, device),
+        rotary=rotary_frequencies(config),
         places=places,
         ignored=ignored_names(config),
-        ops=ops,
+        backend=backend,
     )
 
 

@@ -11,7 +11,7 @@ from engine.checkpoints.model_config import ModelConfig, RopeConfig
 from engine.kernels.table import RotaryFrequencies
 
 
-def rotary_frequencies(config: ModelConfig, device: torch.device | str) -> RotaryFrequencies:
+def rotary_frequencies(config: ModelConfig) -> RotaryFrequencies:
     """The model's rotary frequencies, scaled as its config asks. Raises CheckpointError on an impossible scaling."""
     rope, dim = config.rope, config.rotary_dim
     if dim < 2 or dim % 2 or dim > config.head_dim:
@@ -38,7 +38,7 @@ def rotary_frequencies(config: ModelConfig, device: torch.device | str) -> Rotar
                 f"{len(rope.frequency_factors)} rotary frequency factors do not fit {dim // 2} frequencies"
             )
         inverse = inverse / torch.tensor(rope.frequency_factors, dtype=torch.float32)
-    return RotaryFrequencies(inverse=inverse.to(device), factor=factor)
+    return RotaryFrequencies(inverse=inverse, factor=factor)
 
 
 def _unscaled(theta: float, dim: int) -> torch.Tensor:

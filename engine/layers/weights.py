@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from engine.checkpoints.model_config import ModelConfig
+from engine.checkpoints.weights import Place, TensorPlace
+from engine.kernels.table import Backend, Matrix
 
 
 @dataclass(frozen=True)
@@ -26,19 +28,11 @@ class DecoderTraits:
 
 
 @dataclass(frozen=True, eq=False)
-class Linear:
-    """weight: [out, in]. bias: [out] or None."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-
-
-@dataclass(frozen=True, eq=False)
 class AttentionWeights:
     """qkv: query, key and value projections, one below the other. q_norm, k_norm: [head_dim] or None."""
 
-    qkv: Linear
-    output: Linear
+    qkv: Matrix
+    output: Matrix
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
 
@@ -47,8 +41,8 @@ class AttentionWeights:
 class MlpWeights:
     """gate_up: the gate's projection above that of `up`."""
 
-    gate_up: Linear
-    down: Linear
+    gate_up: Matrix
+    down: Matrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,53 +57,68 @@ class LayerWeights:
 
 @dataclass(frozen=True, eq=False)
 class DecoderWeights:
-    """embedding, head: [vocabulary, hidden], one and the same tensor where they are tied. final_norm: [hidden]."""
+    """embedding, head: [vocabulary, hidden], one and the same matrix where they are tied. final_norm: [hidden]."""
 
-    embedding: torch.Tensor
+    embedding: Matrix
     layers: tuple[LayerWeights, ...]
     final_norm: torch.Tensor
-    head: torch.Tensor
+    head: Matrix
 
 
 class _Allocator:
-    """Allocates tensors of one dtype on one device, and notes under which checkpoint name each is filled."""
+    """Allocates weights of one dtype, and notes under which checkpoint name each is filled."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device | str) -> None:
-        self.places: dict[str, torch.Tensor] = {}
+    def __init__(self, backend: Backend, dtype: torch.dtype) -> None:
+        self.places: dict[str, Place] = {}
+        self._backend = backend
         self._dtype = dtype
-        self._device = device
 
-    def tensor(self, name: str, *shape: int) -> torch.Tensor:
-        place = torch.empty(shape, dtype=self._dtype, device=self._device)
-        self.places[name] = place
-        return place
+    def vector(self, name: str, size: int) -> torch.Tensor:
+        made = self._backend.vector(size, self._dtype)
+        self.places[name] = TensorPlace(made[:size])
+        return made
 
-    def linear(self, pieces: dict[str, int], inputs: int, bias: bool) -> Linear:
+    def table(self, name: str, rows: int, columns: int) -> Matrix:
+        made = self._backend.matrix(rows, columns, self._dtype)
+        self.places[name] = made.rows(0, rows)
+        return made
+
+    def linear(self, pieces: dict[str, int], inputs: int, bias: bool, gated: bool = False) -> Matrix:
         """One projection whose rows are several checkpoint projections: name → number of rows, in order."""
-        outputs = sum(pieces.values())
-        weight = torch.empty((outputs, inputs), dtype=self._dtype, device=self._device)
-        bias_vector = torch.empty(outputs, dtype=self._dtype, device=self._device) if bias else None
+        made = self._backend.matrix(sum(pieces.values()), inputs, self._dtype, bias=bias, gated=gated)
         start = 0
         for name, rows in pieces.items():
-            self.places[f"{name}.weight"] = weight[start : start + rows]
-            if bias_vector is not None:
-                self.places[f"{name}.bias"] = bias_vector[start : start + rows]
+            self.places[f"{name}.weight"] = made.rows(start, start + rows)
+            if bias:
+                self.places[f"{name}.bias"] = made.bias(start, start + rows)
             start += rows
-        return Linear(weight, bias_vector)
+        return made
 
 
 def allocate_decoder(
-    config: ModelConfig, traits: DecoderTraits, dtype: torch.dtype, device: torch.device | str
-) -> tuple[DecoderWeights, dict[str, torch.Tensor]]:
+    config: ModelConfig, traits: DecoderTraits, dtype: torch.dtype, backend: Backend
+) -> tuple[DecoderWeights, dict[str, Place]]:
     """Unfilled weights of a decoder, and name → place for each tensor of a Hugging Face checkpoint of it."""
-    allocator = _Allocator(dtype, device)
-    embedding = allocator.tensor("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
+    allocator = _Allocator(backend, dtype)
+    embedding = allocator.table("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
     layers = tuple(_layer(allocator, config, traits, f"model.layers.{index}") for index in range(config.num_layers))
-    final_norm = allocator.tensor("model.norm.weight", config.hidden_size)
+    final_norm = allocator.vector("model.norm.weight", config.hidden_size)
     head = embedding
     if not config.tie_embeddings:
-        head = allocator.tensor("lm_head.weight", config.vocab_size, config.hidden_size)
+        head = allocator.table("lm_head.weight", config.vocab_size, config.hidden_size)
     return DecoderWeights(embedding, layers, final_norm, head), allocator.places
+
+
+def weight_bytes(weights: DecoderWeights) -> int:
+    """Memory that the weights take, as they are laid out."""
+    matrices = {id(matrix): matrix for matrix in (weights.embedding, weights.head)}
+    vectors = [weights.final_norm]
+    for layer in weights.layers:
+        attention, mlp = layer.attention, layer.mlp
+        matrices |= {id(m): m for m in (attention.qkv, attention.output, mlp.gate_up, mlp.down)}
+        vectors += [layer.attention_norm, layer.mlp_norm]
+        vectors += [norm for norm in (attention.q_norm, attention.k_norm) if norm is not None]
+    return sum(matrix.nbytes for matrix in matrices.values()) + sum(vector.nbytes for vector in vectors)
 
 
 def ignored_names(config: ModelConfig) -> tuple[str, ...]:
@@ -120,12 +129,12 @@ def ignored_names(config: ModelConfig) -> tuple[str, ...]:
 
 def _layer(allocator: _Allocator, config: ModelConfig, traits: DecoderTraits, prefix: str) -> LayerWeights:
     hidden, width = config.hidden_size, config.intermediate_size
-    attention_norm = allocator.tensor(f"{prefix}.input_layernorm.weight", hidden)
+    attention_norm = allocator.vector(f"{prefix}.input_layernorm.weight", hidden)
     attention = _attention(allocator, config, traits, f"{prefix}.self_attn")
-    mlp_norm = allocator.tensor(f"{prefix}.post_attention_layernorm.weight", hidden)
+    mlp_norm = allocator.vector(f"{prefix}.post_attention_layernorm.weight", hidden)
     gate_up = {f"{prefix}.mlp.gate_proj": width, f"{prefix}.mlp.up_proj": width}
     mlp = MlpWeights(
-        gate_up=allocator.linear(gate_up, hidden, traits.mlp_bias),
+        gate_up=allocator.linear(gate_up, hidden, traits.mlp_bias, gated=True),
         down=allocator.linear({f"{prefix}.mlp.down_proj": hidden}, width, traits.mlp_bias),
     )
     return LayerWeights(attention_norm, attention, mlp_norm, mlp)
@@ -136,7 +145,7 @@ def _attention(allocator: _Allocator, config: ModelConfig, traits: DecoderTraits
     qkv = {f"{prefix}.q_proj": query_rows, f"{prefix}.k_proj": kv_rows, f"{prefix}.v_proj": kv_rows}
     norms: list[torch.Tensor | None] = [None, None]
     if traits.head_norms:
-        norms = [allocator.tensor(f"{prefix}.{name}.weight", config.head_dim) for name in ("q_norm", "k_norm")]
+        norms = [allocator.vector(f"{prefix}.{name}.weight", config.head_dim) for name in ("q_norm", "k_norm")]
     return AttentionWeights(
         qkv=allocator.linear(qkv, config.hidden_size, traits.qkv_bias),
         output=allocator.linear({f"{prefix}.o_proj": config.hidden_size}, query_rows, traits.output_bias),

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-import torch
-
 from engine.checkpoints.model_config import ModelConfig
-from engine.kernels.batch import RaggedBatch
+from engine.checkpoints.weights import Place
 from engine.kernels.kv_cache import KvCache
+from engine.kernels.table import Program
 
 
 class Model(Protocol):
@@ -19,10 +18,10 @@ class Model(Protocol):
     def config(self) -> ModelConfig: ...
 
     @property
-    def places(self) -> Mapping[str, torch.Tensor]:
-        """Hugging Face tensor name → where it belongs (a view, of the checkpoint's shape, in the model's dtype).
+    def places(self) -> Mapping[str, Place]:
+        """Hugging Face tensor name → where it belongs.
 
-        The views are disjoint and cover every weight: all of them must be filled.
+        The places are disjoint and cover every weight: all of them must be filled.
         """
         ...
 
@@ -36,10 +35,6 @@ class Model(Protocol):
         """Memory that the weights take."""
         ...
 
-    def hidden(self, batch: RaggedBatch, cache: KvCache) -> torch.Tensor:
-        """Run one step: writes the new tokens' K and V into `cache`, returns [T, hidden] after the final norm."""
-        ...
-
-    def logits(self, hidden_rows: torch.Tensor) -> torch.Tensor:
-        """Rows [R, hidden] of what `hidden` returned → float32 [R, vocabulary]."""
+    def program(self, cache: KvCache) -> Program:
+        """The model's step over a KV pool."""
         ...

@@ -8,7 +8,7 @@ import torch
 
 from engine.checkpoints.errors import CheckpointError
 from engine.checkpoints.model_config import ModelConfig
-from engine.kernels.table import Ops
+from engine.kernels.table import Backend
 from engine.layers.decoder import build_decoder
 from engine.layers.weights import DecoderTraits
 from engine.models import llama, mistral, qwen2, qwen3
@@ -27,7 +27,7 @@ def known_architectures() -> list[str]:
     return sorted(_DECODERS)
 
 
-def build_model(config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str, ops: Ops) -> Model:
+def build_model(config: ModelConfig, *, dtype: torch.dtype, backend: Backend) -> Model:
     """Allocate the model of `config.architecture`, its weights unfilled (see `Model.places`).
 
     dtype: of weights and activations. Raises CheckpointError for an unknown architecture and for a config
@@ -38,4 +38,4 @@ def build_model(config: ModelConfig, *, dtype: torch.dtype, device: torch.device
         raise CheckpointError(
             f"unknown architecture {config.architecture!r}; known ones: {', '.join(known_architectures())}"
         )
-    return build_decoder(config, family(config), dtype=dtype, device=device, ops=ops)
+    return build_decoder(config, family(config), dtype=dtype, backend=backend)

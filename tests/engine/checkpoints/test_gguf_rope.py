@@ -50,4 +50,4 @@ def test_factors_from_a_gguf_file_scale_as_llama3_does(tmp_path: Path) -> None:
     writer.close()
 
     config = read_model_config(ModelSource(name="x", kind="gguf", path=str(path)))
-    torch.testing.assert_close(rotary_frequencies(config, "cpu").inverse, scaled, rtol=1e-6, atol=0)
+    torch.testing.assert_close(rotary_frequencies(config).inverse, scaled, rtol=1e-6, atol=0)

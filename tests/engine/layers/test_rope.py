@@ -43,7 +43,7 @@ def check(rope: RopeConfig, head_dim: int, rotary_dim: int, parameters: dict[str
     config = msgspec.structs.replace(
         CONFIG, head_dim=head_dim, rotary_dim=rotary_dim, context_length=CONTEXT, rope=rope
     )
-    ours = rotary_frequencies(config, "cpu")
+    ours = rotary_frequencies(config)
     assert ours.inverse.dtype == torch.float32
     torch.testing.assert_close(ours.inverse, inverse, rtol=2e-6, atol=0)
     assert abs(ours.factor - factor) < 1e-12
@@ -95,7 +95,7 @@ def test_frequency_factors_say_the_same_as_the_scaling(head_dim: int, theta: flo
 
     def inverse(rope: RopeConfig) -> torch.Tensor:
         config = msgspec.structs.replace(CONFIG, head_dim=head_dim, rotary_dim=head_dim, rope=rope)
-        return rotary_frequencies(config, "cpu").inverse
+        return rotary_frequencies(config).inverse
 
     scaled = inverse(RopeConfig(kind="llama3", theta=theta, factor=factor, original_context=CONTEXT))
     factors = tuple((inverse(RopeConfig(theta=theta)) / scaled).tolist())
@@ -105,7 +105,7 @@ def test_frequency_factors_say_the_same_as_the_scaling(head_dim: int, theta: flo
 def test_frequency_factors_of_another_length_are_refused() -> None:
     rope = RopeConfig(frequency_factors=(1.0, 2.0, 3.0))
     with pytest.raises(CheckpointError, match="3 rotary frequency factors do not fit 2 frequencies"):
-        rotary_frequencies(msgspec.structs.replace(CONFIG, rope=rope), "cpu")
+        rotary_frequencies(msgspec.structs.replace(CONFIG, rope=rope))
 
 
 def _original(original: int | None) -> dict[str, int]:

@@ -1,0 +1,253 @@
+#include "bind_plan.h"
+
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/map.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+
+#include "isa.h"
+#include "matrix.h"
+#include "plan.h"
+
+namespace nb = nanobind;
+
+namespace tokenmill {
+
+namespace {
+
+using Longs = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Rows = nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Matrix2d = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
+
+Dtype dtype_of(int number) {
+    if (number < 0 || number > 2) {
+        throw std::invalid_argument("dtype is " + std::to_string(number) + "; allowed are 0 to 2");
+    }
+    return static_cast<Dtype>(number);
+}
+
+bool is_of(const Rows &rows, Dtype type) {
+    const nb::dlpack::dtype found = rows.dtype();
+    const auto code = static_cast<std::uint8_t>(type == Dtype::bf16 ? nb::dlpack::dtype_code::Bfloat
+                                                                    : nb::dlpack::dtype_code::Float);
+    return found.code == code && found.bits == size_of(type) * 8 && found.lanes == 1;
+}
+
+void check_range(const char *what, std::int64_t start, std::int64_t count, std::int64_t size) {
+    if (start < 0 || count < 0 || start + count > size) {
+        throw std::invalid_argument(std::string(what) + " [" + std::to_string(start) + ", " +
+                                    std::to_string(start + count) + ") are not within [0, " + std::to_string(size) +
+                                    ")");
+    }
+}
+
+void check_rows(const Matrix &matrix, int start, const Rows &rows) {
+    check_range("rows", start, static_cast<std::int64_t>(rows.shape(0)), matrix.outputs());
+    if (static_cast<int>(rows.shape(1)) != matrix.inputs() || !is_of(rows, matrix.type())) {
+        throw std::invalid_argument("the rows are not of the matrix's width and dtype");
+    }
+}
+
+const float *floats_at(std::uintptr_t address) { return reinterpret_cast<const float *>(address); }
+
+LayerPool pool_of(std::uintptr_t keys, std::uintptr_t values, int dtype, std::ptrdiff_t slot_stride,
+                  std::ptrdiff_t head_stride) {
+    return {reinterpret_cast<char *>(keys), reinterpret_cast<char *>(values), dtype_of(dtype), slot_stride,
+            head_stride};
+}
+
+void add_linear(Plan &plan, int in, const Matrix &weights, int out, const std::string &epilogue, bool picked) {
+    const Epilogue kind = epilogue == "add"    ? Epilogue::add
+                          : epilogue == "gate" ? Epilogue::gate
+                                               : Epilogue::store;
+    const Buffer &from = plan.buffer(in);
+    const Buffer &to = plan.buffer(out);
+    const Dtype wanted = weights.type() == Dtype::bf16 ? Dtype::bf16 : Dtype::f32;
+    const int width = kind == Epilogue::gate ? weights.outputs() / 2 : weights.outputs();
+    if (from.width() != weights.inputs() || from.type() != wanted || to.width() != width ||
+        (kind == Epilogue::gate) != weights.gated() || (kind != Epilogue::gate && to.type() != Dtype::f32)) {
+        throw std::invalid_argument("the buffers do not fit the matrix");
+    }
+    plan.add(Linear{&from, &weights, &plan.buffer(out), kind, picked});
+}
+
+void add_attention(Plan &plan, int queries, std::uintptr_t keys, std::uintptr_t values, int dtype,
+                   std::ptrdiff_t slot_stride, std::ptrdiff_t head_stride, int out, float scale, int heads,
+                   int kv_heads, int head_dim, int window) {
+    const int layout = plan.layout_of(window, heads / kv_heads, kv_heads);
+    const Attention attention{&plan.buffer(queries), pool_of(keys, values, dtype, slot_stride, head_stride),
+                              &plan.buffer(out), scale, heads, kv_heads, head_dim, window, layout};
+    plan.add(Attend{attention});
+    plan.add(Merge{attention});
+}
+
+void run_step(Plan &plan, Longs token_ids, Longs positions, Longs slots, Longs query_starts, Longs context_starts,
+         Longs context_slots, Longs picked) {
+    Inputs inputs;
+    inputs.tokens = static_cast<int>(token_ids.shape(0));
+    inputs.token_ids = token_ids.data();
+    inputs.positions = positions.data();
+    inputs.slots = slots.data();
+    inputs.sequences = {static_cast<int>(query_starts.shape(0)) - 1, query_starts.data(), context_starts.data(),
+                        context_slots.data()};
+    inputs.picked = static_cast<int>(picked.shape(0));
+    inputs.picked_rows = picked.data();
+    if (inputs.sequences.count < 0 || context_starts.shape(0) != query_starts.shape(0) ||
+        positions.shape(0) != token_ids.shape(0) || slots.shape(0) != token_ids.shape(0)) {
+        throw std::invalid_argument("the step's arrays disagree in length");
+    }
+    const nb::gil_scoped_release release;
+    plan.run(inputs);
+}
+
+void run_head(Plan &plan, Longs picked) {
+    const nb::gil_scoped_release release;
+    plan.run_head(static_cast<int>(picked.shape(0)), picked.data());
+}
+
+// The first `count` rows of a float32 buffer, in place: valid until the plan runs again.
+Matrix2d view(nb::handle self, int index, int count) {
+    Buffer &buffer = nb::cast<Plan &>(self).buffer(index);
+    check_range("rows", 0, count, buffer.rows());
+    if (buffer.type() != Dtype::f32) {
+        throw std::invalid_argument("only float32 buffers can be viewed");
+    }
+    const std::size_t shape[] = {static_cast<std::size_t>(count), static_cast<std::size_t>(buffer.width())};
+    const std::int64_t strides[] = {buffer.stride(), 1};
+    return Matrix2d(buffer.row<float>(0), 2, shape, self, strides);
+}
+
+// Rows of a buffer as float32, copied.
+Matrix2d read(Plan &plan, int index, int count) {
+    Buffer &buffer = plan.buffer(index);
+    check_range("rows", 0, count, buffer.rows());
+    const auto width = static_cast<std::size_t>(buffer.width());
+    auto *values = new float[static_cast<std::size_t>(count) * width + 1];
+    nb::capsule owner(values, [](void *memory) noexcept { delete[] static_cast<float *>(memory); });
+    for (int row = 0; row < count; ++row) {
+        plan.kernels().widen(buffer.row(row), buffer.type(), values + static_cast<std::size_t>(row) * width,
+                             buffer.width());
+    }
+    return Matrix2d(values, {static_cast<std::size_t>(count), width}, owner);
+}
+
+void write(Plan &plan, int index, nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu> rows) {
+    Buffer &buffer = plan.buffer(index);
+    if (static_cast<int>(rows.shape(1)) != buffer.width()) {
+        throw std::invalid_argument("the rows are not of the buffer's width");
+    }
+    buffer.reserve(static_cast<int>(rows.shape(0)));
+    for (std::size_t row = 0; row < rows.shape(0); ++row) {
+        plan.kernels().narrow(rows.data() + row * rows.shape(1), buffer.row(static_cast<std::ptrdiff_t>(row)),
+                              buffer.width(), buffer.type());
+    }
+}
+
+void bind_matrix(nb::module_ &module) {
+    nb::class_<Matrix>(module, "Matrix", "Packed weights [outputs, inputs]; see csrc/matrix.h")
+        .def(
+            "__init__",
+            [](Matrix *self, int outputs, int inputs, int dtype, bool gated, bool biased) {
+                if (outputs < 1 || inputs < 1) {
+                    throw std::invalid_argument("outputs and inputs must be at least 1");
+                }
+                new (self) Matrix(outputs, inputs, dtype_of(dtype), gated, biased);
+            },
+            nb::arg("outputs"), nb::arg("inputs"), nb::arg("dtype"), nb::arg("gated"), nb::arg("biased"))
+        .def_prop_ro("nbytes", &Matrix::bytes)
+        .def(
+            "write",
+            [](Matrix &self, int start, const Rows &rows) {
+                check_rows(self, start, rows);
+                const nb::gil_scoped_release release;
+                self.write(start, static_cast<int>(rows.shape(0)), rows.data());
+            },
+            nb::arg("start"), nb::arg("rows"))
+        .def(
+            "read",
+            [](const Matrix &self, int start, const Rows &rows) {
+                check_rows(self, start, rows);
+                const nb::gil_scoped_release release;
+                self.read(start, static_cast<int>(rows.shape(0)), rows.data());
+            },
+            nb::arg("start"), nb::arg("rows"), "Fill `rows` with rows [start, start + len(rows)).")
+        .def(
+            "write_bias",
+            [](Matrix &self, int start, Floats values) {
+                check_range("entries", start, static_cast<std::int64_t>(values.shape(0)),
+                            self.bias(0) == nullptr ? 0 : self.outputs());
+                self.write_bias(start, static_cast<int>(values.shape(0)), values.data());
+            },
+            nb::arg("start"), nb::arg("values"));
+}
+
+}  // namespace
+
+void bind_plan(nb::module_ &module) {
+    module.def("usable_isas", &usable_isas, "ISAs that this machine can run, best first; see csrc/isa.h");
+    bind_matrix(module);
+    nb::class_<Team>(module, "Team", "Threads; see csrc/team.h")
+        .def(nb::init<int, std::vector<int>>(), nb::arg("threads"), nb::arg("cpus"))
+        .def_prop_ro("threads", &Team::threads);
+    nb::class_<Plan>(module, "Plan", "A recorded step; see csrc/plan.h")
+        .def(
+            "__init__",
+            [](Plan *self, std::shared_ptr<Team> team, const std::string &isa) {
+                new (self) Plan(std::move(team), kernels_of(isa));
+            },
+            nb::arg("team"), nb::arg("isa"))
+        .def(
+            "buffer", [](Plan &plan, int width, int dtype) { return plan.add_buffer(width, dtype_of(dtype)); },
+            nb::arg("width"), nb::arg("dtype"))
+        .def(
+            "embedding",
+            [](Plan &plan, const Matrix &table, int out) { plan.add(Embedding{&table, &plan.buffer(out)}); },
+            nb::arg("table"), nb::arg("out"), nb::keep_alive<1, 2>())
+        .def(
+            "angles",
+            [](Plan &plan, std::uintptr_t inverse, int half, float factor, int cosines, int sines) {
+                plan.add(Angles{floats_at(inverse), half, factor, &plan.buffer(cosines), &plan.buffer(sines)});
+            },
+            nb::arg("inverse"), nb::arg("half"), nb::arg("factor"), nb::arg("cosines"), nb::arg("sines"))
+        .def(
+            "norm",
+            [](Plan &plan, int in, std::uintptr_t weight, float eps, int out, bool picked) {
+                plan.add(Norm{&plan.buffer(in), floats_at(weight), eps, &plan.buffer(out), picked});
+            },
+            nb::arg("input"), nb::arg("weight"), nb::arg("eps"), nb::arg("out"), nb::arg("picked"))
+        .def("linear", &add_linear, nb::arg("input"), nb::arg("weights"), nb::arg("out"), nb::arg("epilogue"),
+             nb::arg("picked"), nb::keep_alive<1, 3>())
+        .def(
+            "rotary_store",
+            [](Plan &plan, int projections, int cosines, int sines, int queries, std::uintptr_t q_norm,
+               std::uintptr_t k_norm, float eps, std::uintptr_t keys, std::uintptr_t values, int dtype,
+               std::ptrdiff_t slot_stride, std::ptrdiff_t head_stride, int heads, int kv_heads, int head_dim, int half) {
+                plan.add(RotaryStore{&plan.buffer(projections), &plan.buffer(cosines), &plan.buffer(sines),
+                                     &plan.buffer(queries), floats_at(q_norm), floats_at(k_norm), eps,
+                                     pool_of(keys, values, dtype, slot_stride, head_stride), heads, kv_heads,
+                                     head_dim, half});
+            },
+            nb::arg("projections"), nb::arg("cosines"), nb::arg("sines"), nb::arg("queries"), nb::arg("q_norm"),
+            nb::arg("k_norm"), nb::arg("eps"), nb::arg("keys"), nb::arg("values"), nb::arg("dtype"),
+            nb::arg("slot_stride"), nb::arg("head_stride"), nb::arg("heads"), nb::arg("kv_heads"), nb::arg("head_dim"),
+            nb::arg("half"))
+        .def("attention", &add_attention, nb::arg("queries"), nb::arg("keys"), nb::arg("values"), nb::arg("dtype"),
+             nb::arg("slot_stride"), nb::arg("head_stride"), nb::arg("out"), nb::arg("scale"), nb::arg("heads"),
+             nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("window"))
+        .def("begin_head", &Plan::begin_head)
+        .def("run", &run_step, nb::arg("token_ids"), nb::arg("positions"), nb::arg("slots"), nb::arg("query_starts"),
+             nb::arg("context_starts"), nb::arg("context_slots"), nb::arg("picked"))
+        .def("run_head", &run_head, nb::arg("picked"))
+        .def("view", &view, nb::arg("buffer"), nb::arg("count"))
+        .def("read", &read, nb::arg("buffer"), nb::arg("count"))
+        .def("write", &write, nb::arg("buffer"), nb::arg("rows"))
+        .def("set_profiling", &Plan::set_profiling, nb::arg("on"))
+        .def("take_profile", &Plan::take_profile);
+}
+
+}  // namespace tokenmill

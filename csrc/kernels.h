@@ -1,0 +1,94 @@
+// The table of kernels: what each computes. Every ISA fills one table (isa_*.cpp); nothing above it knows of ISAs.
+//
+// Promise: what a kernel computes for a row depends on that row's numbers and on widths and depths alone, never on how
+// many rows come with it. Widths are padded to PANEL with zeros, so that no kernel has a ragged end.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "types.h"
+
+namespace tokenmill {
+
+// out[rows x 32] (+)= x[rows x depth] * panel. Strides in elements. A panel of bf16 weights is [depth / 2][32][2] (the
+// layout of VNNI and AMX) with depth a multiple of 32, its x is bf16; one of f32 or f16 weights is [depth][32], its x
+// is f32. Each output is one chain of additions over ascending depth. add: go on from what is in `out`.
+using Multiply = void (*)(const void *x, std::ptrdiff_t x_stride, int rows, const void *panel, int depth, float *out,
+                          std::ptrdiff_t out_stride, bool add);
+
+// The visible keys of a row within a block: [low, high), of which `padded` scores were computed.
+struct Visible {
+    int low;
+    int high;
+    int padded;
+};
+
+// What the online softmax knows after a block: the largest score and the sum of exp(score - largest); 0: no key seen.
+struct SoftmaxState {
+    float largest;
+    float sum;
+};
+
+// Rows of a KV pool: one head of one layer. slot_stride in bytes.
+struct HeadRows {
+    const char *base;
+    std::ptrdiff_t slot_stride;
+    Dtype type;
+};
+
+struct Kernels {
+    const char *name;
+    Multiply multiply[3];  // by the Dtype of the weights
+
+    // out = x / sqrt(mean(x^2) + eps) * weight; x, weight: `padded` floats, of which `width` count.
+    void (*rms_norm)(const float *x, const float *weight, float eps, int width, int padded, void *out, Dtype type);
+
+    // The same in place over a head of any width.
+    void (*head_norm)(float *head, const float *weight, float eps, int width);
+
+    // Rotate channel i with channel i + half, for i < half.
+    void (*rotate)(float *head, const float *cosines, const float *sines, int half);
+
+    // out += x + bias (bias may be null); n a multiple of 32.
+    void (*add_to)(const float *x, const float *bias, float *out, int n);
+
+    // out = silu(gate + gate_bias) * (up + up_bias), 32 values.
+    void (*gate)(const float *gate, const float *up, const float *gate_bias, const float *up_bias, void *out,
+                 Dtype type);
+
+    // To and from float32, any n.
+    void (*narrow)(const float *x, void *out, int n, Dtype type);
+    void (*widen)(const void *x, Dtype type, float *out, int n);
+
+    // Keys of `count` slots as panels of 32 keys, [ceil(count / 32)] panels for x of type `type` and depth `depth`
+    // (head_dim padded to 32); what is not there is zero. `next`: slots whose rows to prefetch meanwhile (or null).
+    void (*pack_keys)(HeadRows rows, const std::int64_t *slots, int count, const std::int64_t *next, int next_count,
+                      int head_dim, Dtype type, void *out, float *scratch);
+
+    // Values of `count` slots as panels of 32 channels and depth count (padded to 32).
+    void (*pack_values)(HeadRows rows, const std::int64_t *slots, int count, const std::int64_t *next, int next_count,
+                        int head_dim, Dtype type, void *out, float *scratch);
+
+    // probabilities = exp(score * scale - largest) of the visible keys, 0 of the others (`padded` in all).
+    SoftmaxState (*softmax)(const float *scores, float scale, Visible visible, void *probabilities, Dtype type);
+
+    // total = total * a + part * b; n a multiple of 32.
+    void (*blend)(float *total, float a, const float *part, float b, int n);
+    float (*exp_of)(float x);
+
+    // Of row[n]: the largest value (NaN where there is one), at the lowest index.
+    struct Peak {
+        float value;
+        int index;
+    };
+    Peak (*peak)(const float *row, int n);
+
+    // sum of exp((row[i] - largest) / temperature) in float64, in a fixed order.
+    double (*sum_exp)(const float *row, int n, float largest, float temperature);
+
+    // out = exp((row - largest) / temperature)
+    void (*weigh)(const float *row, int n, float largest, float temperature, float *out);
+};
+
+}  // namespace tokenmill

@@ -1,0 +1,74 @@
+// Zeroed memory in huge pages where the system has them.
+#pragma once
+
+#include <sys/mman.h>
+
+#include <cstddef>
+#include <new>
+#include <utility>
+
+namespace tokenmill {
+
+// Owns an anonymous mapping, all zeros at first. Starts on a boundary of 2 MiB if it is that large, else of a page.
+// Throws std::bad_alloc where the system has no memory left.
+class Memory {
+  public:
+    Memory() = default;
+
+    explicit Memory(std::size_t bytes) : size_(bytes) {
+        if (bytes == 0) {
+            return;
+        }
+        mapped_ = bytes < HUGE_PAGE ? bytes : bytes + HUGE_PAGE;
+        void *address = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (address == MAP_FAILED) {
+            throw std::bad_alloc();
+        }
+        base_ = static_cast<char *>(address);
+        data_ = base_;
+        if (bytes >= HUGE_PAGE) {
+            const auto offset = reinterpret_cast<std::size_t>(base_) % HUGE_PAGE;
+            data_ = offset == 0 ? base_ : base_ + (HUGE_PAGE - offset);
+#ifdef MADV_HUGEPAGE
+            madvise(data_, bytes, MADV_HUGEPAGE);  // a wish: small pages do as well
+#endif
+        }
+    }
+
+    Memory(Memory &&other) noexcept { swap(other); }
+    Memory &operator=(Memory &&other) noexcept {
+        swap(other);
+        return *this;
+    }
+    Memory(const Memory &) = delete;
+    Memory &operator=(const Memory &) = delete;
+
+    ~Memory() {
+        if (base_ != nullptr) {
+            munmap(base_, mapped_);
+        }
+    }
+
+    template <typename T>
+    T *as() const {
+        return reinterpret_cast<T *>(data_);
+    }
+    std::size_t size() const { return size_; }
+
+  private:
+    static constexpr std::size_t HUGE_PAGE = std::size_t{1} << 21;
+
+    void swap(Memory &other) noexcept {
+        std::swap(base_, other.base_);
+        std::swap(data_, other.data_);
+        std::swap(size_, other.size_);
+        std::swap(mapped_, other.mapped_);
+    }
+
+    char *base_ = nullptr;
+    char *data_ = nullptr;
+    std::size_t size_ = 0;
+    std::size_t mapped_ = 0;
+};
+
+}  // namespace tokenmill

@@ -1,0 +1,82 @@
+// The ops of a plan but attention: what they are, into how many chunks they fall, and what a chunk does.
+#pragma once
+
+#include "kernels.h"
+#include "matrix.h"
+#include "step.h"
+
+namespace tokenmill {
+
+// Rows of the table for the step's token ids.
+struct Embedding {
+    const Matrix *table;
+    Buffer *out;
+};
+
+// Cosines and sines of the step's positions, times `factor`.
+struct Angles {
+    const float *inverse;  // [half]
+    int half;
+    float factor;
+    Buffer *cosines;
+    Buffer *sines;
+};
+
+struct Norm {
+    const Buffer *in;
+    const float *weight;  // padded as rows are
+    float eps;
+    Buffer *out;
+    bool picked;  // of the picked rows only, one below the other
+};
+
+enum class Epilogue { store, add, gate };
+
+struct Linear {
+    const Buffer *in;
+    const Matrix *weights;
+    Buffer *out;
+    Epilogue epilogue;
+    bool picked;
+};
+
+struct RotaryStore {
+    const Buffer *projections;  // [tokens, (heads + 2 kv_heads) * head_dim]
+    const Buffer *cosines;
+    const Buffer *sines;
+    Buffer *queries;
+    const float *q_norm;  // null: none
+    const float *k_norm;
+    float eps;
+    LayerPool pool;
+    int heads;
+    int kv_heads;
+    int head_dim;
+    int half;
+};
+
+int chunks_of(const Embedding &op, const Inputs &inputs, int threads);
+int chunks_of(const Angles &op, const Inputs &inputs, int threads);
+int chunks_of(const Norm &op, const Inputs &inputs, int threads);
+int chunks_of(const Linear &op, const Inputs &inputs, int threads);
+int chunks_of(const RotaryStore &op, const Inputs &inputs, int threads);
+
+// Where an op runs: what does not change between its chunks.
+struct Bench {
+    const Kernels &kernels;
+    const Inputs &inputs;
+    int threads;
+};
+
+void execute(const Embedding &op, const Bench &bench, int chunk, Scratch &scratch);
+void execute(const Angles &op, const Bench &bench, int chunk, Scratch &scratch);
+void execute(const Norm &op, const Bench &bench, int chunk, Scratch &scratch);
+void execute(const Linear &op, const Bench &bench, int chunk, Scratch &scratch);
+void execute(const RotaryStore &op, const Bench &bench, int chunk, Scratch &scratch);
+
+// Most rows of a chunk of a product, and the bytes of Scratch::tile that they need (two panels of a gated matrix). An
+// embedding needs room for a row of its table besides.
+constexpr std::size_t TILE_ROWS_MOST = 112;
+constexpr std::size_t TILE_BYTES = TILE_ROWS_MOST * 2 * PANEL * sizeof(float);
+
+}  // namespace tokenmill

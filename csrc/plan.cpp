@@ -1,0 +1,169 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <chrono>
+
+namespace tokenmill {
+
+namespace {
+
+constexpr std::ptrdiff_t CACHE_LINE = 64;
+
+// An odd number of cache lines: rows at strides of powers of two would fight for the same sets of the cache.
+std::ptrdiff_t stride_of(int width, Dtype type) {
+    const auto size = static_cast<std::ptrdiff_t>(size_of(type));
+    const std::ptrdiff_t lines = round_up(round_up(width, PANEL) * size, CACHE_LINE) / CACHE_LINE;
+    return (lines | 1) * CACHE_LINE / size;
+}
+
+template <typename... Cases>
+struct Overloaded : Cases... {
+    using Cases::operator()...;
+};
+
+constexpr const char *NAMES[] = {"embedding", "angles", "norm", "linear", "rotary_store", "attention", "merge"};
+
+}  // namespace
+
+Buffer::Buffer(int width, Dtype type) : width_(width), type_(type), stride_(stride_of(width, type)) {}
+
+void Buffer::reserve(int rows) {
+    if (rows > rows_) {
+        memory_ = Memory(static_cast<std::size_t>(rows) * static_cast<std::size_t>(stride_) * size_of(type_));
+        rows_ = rows;
+    }
+}
+
+Plan::Plan(std::shared_ptr<Team> team, const Kernels &kernels)
+    : team_(std::move(team)), kernels_(kernels), scratch_(static_cast<std::size_t>(team_->threads())) {}
+
+int Plan::add_buffer(int width, Dtype type) {
+    buffers_.push_back(std::make_unique<Buffer>(width, type));
+    of_head_.push_back(in_head_);
+    return static_cast<int>(buffers_.size()) - 1;
+}
+
+int Plan::layout_of(int window, int group, int kv_heads) {
+    const auto known = std::find_if(windows_.begin(), windows_.end(), [&](const Window &entry) {
+        return entry.window == window && entry.group == group && entry.kv_heads == kv_heads;
+    });
+    if (known != windows_.end()) {
+        return static_cast<int>(known - windows_.begin());
+    }
+    windows_.push_back({window, group, kv_heads, {}});
+    return static_cast<int>(windows_.size()) - 1;
+}
+
+void Plan::add(Op op) {
+    if (const auto *attend = std::get_if<Attend>(&op)) {
+        scratch_bytes_ = std::max(scratch_bytes_, attention_scratch(attend->attention));
+        record_floats_ = std::max(record_floats_, record_floats(attend->attention));
+    }
+    if (const auto *embedding = std::get_if<Embedding>(&op)) {
+        tile_bytes_ = std::max(tile_bytes_, static_cast<std::size_t>(embedding->table->inputs()) * sizeof(float));
+    }
+    ops_.push_back(op);
+    if (!in_head_) {
+        head_ = ops_.size();
+    }
+}
+
+void Plan::begin_head() {
+    in_head_ = true;
+    head_ = ops_.size();
+}
+
+void Plan::reserve() {
+    for (std::size_t i = 0; i < buffers_.size(); ++i) {
+        buffers_[i]->reserve(of_head_[i] ? inputs_.picked : inputs_.tokens);
+    }
+    for (Scratch &scratch : scratch_) {
+        scratch.reserve(tile_bytes_, scratch_bytes_);
+    }
+}
+
+void Plan::run(const Inputs &inputs) {
+    inputs_ = inputs;
+    int records = 0;
+    for (Window &entry : windows_) {
+        entry.layout.plan(inputs.sequences, entry.window, entry.group, entry.kv_heads, team_->threads());
+        records = std::max(records, entry.layout.records);
+    }
+    const std::size_t bytes = static_cast<std::size_t>(records) * record_floats_ * sizeof(float);
+    if (records_.size() < bytes) {
+        records_ = Memory(bytes + bytes / 2);
+    }
+    reserve();
+    run_ops(0, inputs.picked > 0 ? ops_.size() : head_);
+}
+
+void Plan::run_head(int picked, const std::int64_t *rows) {
+    inputs_.picked = picked;
+    inputs_.picked_rows = rows;
+    reserve();
+    run_ops(head_, ops_.size());
+}
+
+void Plan::run_ops(std::size_t first, std::size_t last) {
+    counts_.clear();
+    for (std::size_t i = first; i < last; ++i) {
+        counts_.push_back(chunks(ops_[i]));
+    }
+    if (!profiling_) {
+        running_ = first;
+        team_->run(counts_, &Plan::work, this);
+        return;
+    }
+    for (std::size_t i = first; i < last; ++i) {
+        const auto started = std::chrono::steady_clock::now();
+        running_ = i;
+        team_->run(std::span(&counts_[i - first], 1), &Plan::work, this);
+        const std::chrono::duration<double, std::micro> spent = std::chrono::steady_clock::now() - started;
+        profile_[NAMES[ops_[i].index()]] += spent.count();
+    }
+}
+
+std::map<std::string, double> Plan::take_profile() { return std::exchange(profile_, {}); }
+
+void Plan::work(void *context, int phase, int chunk, int thread) {
+    auto &plan = *static_cast<Plan *>(context);
+    plan.run_chunk(plan.ops_[plan.running_ + static_cast<std::size_t>(phase)], chunk,
+                   plan.scratch_[static_cast<std::size_t>(thread)]);
+}
+
+int Plan::chunks(const Op &op) const {
+    const auto layout = [&](const Attention &attention) -> const AttentionLayout & {
+        return windows_[static_cast<std::size_t>(attention.layout)].layout;
+    };
+    return std::visit(
+        Overloaded{
+            [&](const Attend &it) {
+                return static_cast<int>(layout(it.attention).items.size()) * it.attention.kv_heads;
+            },
+            [&](const Merge &it) {
+                return static_cast<int>(layout(it.attention).merged.size()) * it.attention.kv_heads;
+            },
+            [&](const auto &it) { return chunks_of(it, inputs_, team_->threads()); },
+        },
+        op);
+}
+
+void Plan::run_chunk(const Op &op, int chunk, Scratch &scratch) {
+    const Bench bench{kernels_, inputs_, team_->threads()};
+    const auto layout = [&](const Attention &attention) -> const AttentionLayout & {
+        return windows_[static_cast<std::size_t>(attention.layout)].layout;
+    };
+    std::visit(Overloaded{
+                   [&](const Attend &it) {
+                       attend(it.attention, kernels_, layout(it.attention), chunk, records_.as<float>(),
+                              scratch.attention.as<char>());
+                   },
+                   [&](const Merge &it) {
+                       merge(it.attention, kernels_, layout(it.attention), chunk, records_.as<float>());
+                   },
+                   [&](const auto &it) { execute(it, bench, chunk, scratch); },
+               },
+               op);
+}
+
+}  // namespace tokenmill

@@ -1,0 +1,88 @@
+// A model's step, recorded once and replayed by one call.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "attention.h"
+#include "ops.h"
+#include "team.h"
+
+namespace tokenmill {
+
+struct Attend {
+    Attention attention;
+};
+
+struct Merge {
+    Attention attention;
+};
+
+using Op = std::variant<Embedding, Angles, Norm, Linear, RotaryStore, Attend, Merge>;
+
+// Ops with resolved weights and buffers, in the order in which they run. The ops after `begin_head` work on the picked
+// rows of a step and may be run again for other rows of it.
+class Plan {
+  public:
+    Plan(std::shared_ptr<Team> team, const Kernels &kernels);
+
+    int add_buffer(int width, Dtype type);
+    Buffer &buffer(int index) { return *buffers_.at(static_cast<std::size_t>(index)); }
+
+    // Attention is laid out once a step for each window. Returns the layout's index.
+    int layout_of(int window, int group, int kv_heads);
+
+    void add(Op op);
+    void begin_head();
+
+    // Run a step. Buffers grow to the most tokens and picked rows seen; nothing else is allocated per step but the
+    // lists of attention's work. Throws std::bad_alloc.
+    void run(const Inputs &inputs);
+    // The head for other rows of the last step; only `picked` and `picked_rows` of the inputs are looked at.
+    void run_head(int picked, const std::int64_t *rows);
+
+    const Kernels &kernels() const { return kernels_; }
+    Team &team() { return *team_; }
+
+    // Microseconds spent in each kind of op since it was last asked for, while `set_profiling` is on.
+    std::map<std::string, double> take_profile();
+    void set_profiling(bool on) { profiling_ = on; }
+
+  private:
+    struct Window {
+        int window;
+        int group;
+        int kv_heads;
+        AttentionLayout layout;
+    };
+
+    static void work(void *context, int phase, int chunk, int thread);
+    int chunks(const Op &op) const;
+    void run_chunk(const Op &op, int chunk, Scratch &scratch);
+    void run_ops(std::size_t first, std::size_t last);
+    void reserve();
+
+    std::shared_ptr<Team> team_;
+    const Kernels &kernels_;
+    std::vector<std::unique_ptr<Buffer>> buffers_;
+    std::vector<bool> of_head_;  // whether a buffer has a row per picked row (else per token)
+    std::vector<Op> ops_;
+    std::size_t head_ = 0;
+    bool in_head_ = false;
+    std::vector<Window> windows_;
+    std::vector<Scratch> scratch_;
+    std::size_t tile_bytes_ = TILE_BYTES;
+    std::size_t scratch_bytes_ = 0;
+    std::size_t record_floats_ = 0;
+    Memory records_;
+    std::vector<int> counts_;
+    Inputs inputs_;
+    std::size_t running_ = 0;
+    bool profiling_ = false;
+    std::map<std::string, double> profile_;
+};
+
+}  // namespace tokenmill

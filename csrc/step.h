@@ -1,0 +1,75 @@
+// What the ops of a plan work on: buffers, the KV pool, and one step's inputs.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "attention_layout.h"
+#include "memory.h"
+#include "types.h"
+
+namespace tokenmill {
+
+// Rows of activations. A row is padded with zeros to PANEL elements and starts on a cache line of its own.
+class Buffer {
+  public:
+    Buffer(int width, Dtype type);
+
+    // Make room for `rows` rows; what was in the buffer is lost when it grows.
+    void reserve(int rows);
+
+    int width() const { return width_; }
+    int padded() const { return static_cast<int>(round_up(width_, PANEL)); }
+    Dtype type() const { return type_; }
+    int rows() const { return rows_; }
+    std::ptrdiff_t stride() const { return stride_; }  // in elements
+
+    template <typename T = char>
+    T *row(std::ptrdiff_t index) const {
+        return reinterpret_cast<T *>(memory_.as<char>() +
+                                     index * stride_ * static_cast<std::ptrdiff_t>(size_of(type_)));
+    }
+
+  private:
+    int width_;
+    Dtype type_;
+    std::ptrdiff_t stride_;
+    int rows_ = 0;
+    Memory memory_;
+};
+
+// One layer of the KV pool; strides in bytes.
+struct LayerPool {
+    char *keys;
+    char *values;
+    Dtype type;
+    std::ptrdiff_t slot_stride;
+    std::ptrdiff_t head_stride;
+};
+
+// One step's inputs, as engine/kernels/batch.py describes them, and the rows whose logits are wanted.
+struct Inputs {
+    int tokens = 0;
+    const std::int64_t *token_ids = nullptr;
+    const std::int64_t *positions = nullptr;
+    const std::int64_t *slots = nullptr;
+    Sequences sequences;
+    int picked = 0;
+    const std::int64_t *picked_rows = nullptr;
+};
+
+// A thread's working memory.
+struct Scratch {
+    Memory tile;       // products of a chunk before they are rounded
+    Memory attention;  // see attention.cpp
+    void reserve(std::size_t tile_bytes, std::size_t attention_bytes) {
+        if (tile.size() < tile_bytes) {
+            tile = Memory(tile_bytes);
+        }
+        if (attention.size() < attention_bytes) {
+            attention = Memory(attention_bytes);
+        }
+    }
+};
+
+}  // namespace tokenmill

@@ -1,0 +1,36 @@
+// What all of csrc shares: element types, the sizes that layouts are built from, and conversions of single values.
+#pragma once
+
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+namespace tokenmill {
+
+enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+constexpr std::size_t size_of(Dtype type) { return type == Dtype::f32 ? 4 : 2; }
+
+// Outputs that stand side by side in packed weights; row strides of buffers are multiples of it.
+constexpr int PANEL = 32;
+
+// Keys of one step of the online softmax, counted from position 0 of a sequence.
+constexpr int KEY_BLOCK = 128;
+
+constexpr std::ptrdiff_t round_up(std::ptrdiff_t value, std::ptrdiff_t multiple) {
+    return (value + multiple - 1) / multiple * multiple;
+}
+
+inline float from_bf16(std::uint16_t bits) { return std::bit_cast<float>(std::uint32_t{bits} << 16); }
+
+// To nearest, ties to even; NaN stays NaN.
+inline std::uint16_t to_bf16(float value) {
+    const auto bits = std::bit_cast<std::uint32_t>(value);
+    if ((bits & 0x7FFFFFFFU) > 0x7F800000U) {
+        return static_cast<std::uint16_t>((bits >> 16) | 0x40U);
+    }
+    return static_cast<std::uint16_t>((bits + 0x7FFFU + ((bits >> 16) & 1U)) >> 16);
+}
+
+}  // namespace tokenmill

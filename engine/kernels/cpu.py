@@ -1,0 +1,86 @@
+"""The cpu backend: packed weights, and programs that are plans of csrc, replayed by one call a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from engine.kernels import _cpu
+from engine.kernels.batch import RaggedBatch
+from engine.kernels.kv_cache import KvCache
+from engine.kernels.packed import PackedMatrix, packed_matrix
+from engine.kernels.record import PANEL, Recorder
+from engine.kernels.table import Ops, Rows
+
+EMPTY = RaggedBatch(
+    token_ids=torch.zeros(1, dtype=torch.int64),
+    positions=torch.zeros(1, dtype=torch.int64),
+    slots=torch.zeros(1, dtype=torch.int64),
+    query_starts=(0, 1),
+    context_lengths=(1,),
+    context_slots=torch.zeros(1, dtype=torch.int64),
+    context_starts=(0, 1),
+)
+"""What a model's step is recorded with: of a batch it only passes on what ops take."""
+
+
+@dataclass(frozen=True, eq=False)
+class PlanProgram:
+    """A recorded plan. recorder: keeps alive what the plan points to. logits_buffer: where its logits are."""
+
+    plan: _cpu.Plan
+    recorder: Recorder
+    logits_buffer: int
+
+    def run(self, batch: RaggedBatch, rows: Rows) -> torch.Tensor:
+        self.plan.run(
+            batch.token_ids.numpy(),
+            batch.positions.numpy(),
+            batch.slots.numpy(),
+            np.array(batch.query_starts, np.int64),
+            np.array(batch.context_starts, np.int64),
+            batch.context_slots.numpy(),
+            rows,
+        )
+        return torch.from_numpy(self.plan.view(self.logits_buffer, len(rows)))
+
+    def logits(self, rows: Rows) -> torch.Tensor:
+        self.plan.run_head(rows)
+        return torch.from_numpy(self.plan.view(self.logits_buffer, len(rows)))
+
+
+@dataclass(frozen=True, eq=False)
+class CpuBackend:
+    """Kernels of one instruction set, worked by one team of threads."""
+
+    isa: str
+    team: _cpu.Team
+
+    @property
+    def name(self) -> str:
+        return f"cpu ({self.isa}, {self.team.threads} threads)"
+
+    def matrix(
+        self, outputs: int, inputs: int, dtype: torch.dtype, *, bias: bool = False, gated: bool = False
+    ) -> PackedMatrix:
+        return packed_matrix(outputs, inputs, dtype, bias=bias, gated=gated)
+
+    def vector(self, size: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(-(-size // PANEL) * PANEL, dtype=torch.float32)
+
+    def compile(
+        self,
+        step: Callable[[Ops, RaggedBatch, KvCache], Any],
+        head: Callable[[Ops, Any], Any],
+        cache: KvCache,
+        dtype: torch.dtype,
+    ) -> PlanProgram:
+        plan = _cpu.Plan(self.team, self.isa)
+        recorder = Recorder(plan, dtype)
+        ops = cast(Ops, recorder)
+        logits = head(ops, step(ops, EMPTY, cache))
+        return PlanProgram(plan, recorder, logits.buffer)
