@@ -9,6 +9,7 @@ import torch
 
 from engine.checkpoints.errors import CheckpointError
 from engine.checkpoints.model_config import ModelConfig
+from engine.checkpoints.weights import Place
 from engine.kernels.batch import RaggedBatch
 from engine.kernels.kv_cache import KvCache
 from engine.kernels.table import Ops, RotaryFrequencies
@@ -31,7 +32,7 @@ class Decoder:
     traits: DecoderTraits
     weights: DecoderWeights
     rotary: RotaryFrequencies
-    places: dict[str, torch.Tensor]
+    places: dict[str, Place]
     ignored: tuple[str, ...]
     ops: Ops
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.checkpoints.model_config import ModelConfig
+from engine.checkpoints.weights import Place, TensorPlace
 
 
 @dataclass(frozen=True)
@@ -75,14 +76,14 @@ class _Allocator:
     """Allocates tensors of one dtype on one device, and notes under which checkpoint name each is filled."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device | str) -> None:
-        self.places: dict[str, torch.Tensor] = {}
+        self.places: dict[str, Place] = {}
         self._dtype = dtype
         self._device = device
 
     def tensor(self, name: str, *shape: int) -> torch.Tensor:
-        place = torch.empty(shape, dtype=self._dtype, device=self._device)
-        self.places[name] = place
-        return place
+        tensor = torch.empty(shape, dtype=self._dtype, device=self._device)
+        self.places[name] = TensorPlace(tensor)
+        return tensor
 
     def linear(self, pieces: dict[str, int], inputs: int, bias: bool) -> Linear:
         """One projection whose rows are several checkpoint projections: name → number of rows, in order."""
@@ -91,16 +92,16 @@ class _Allocator:
         bias_vector = torch.empty(outputs, dtype=self._dtype, device=self._device) if bias else None
         start = 0
         for name, rows in pieces.items():
-            self.places[f"{name}.weight"] = weight[start : start + rows]
+            self.places[f"{name}.weight"] = TensorPlace(weight[start : start + rows])
             if bias_vector is not None:
-                self.places[f"{name}.bias"] = bias_vector[start : start + rows]
+                self.places[f"{name}.bias"] = TensorPlace(bias_vector[start : start + rows])
             start += rows
         return Linear(weight, bias_vector)
 
 
 def allocate_decoder(
     config: ModelConfig, traits: DecoderTraits, dtype: torch.dtype, device: torch.device | str
-) -> tuple[DecoderWeights, dict[str, torch.Tensor]]:
+) -> tuple[DecoderWeights, dict[str, Place]]:
     """Unfilled weights of a decoder, and name → place for each tensor of a Hugging Face checkpoint of it."""
     allocator = _Allocator(dtype, device)
     embedding = allocator.tensor("model.embed_tokens.weight", config.vocab_size, config.hidden_size)

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from engine.checkpoints.model_config import ModelConfig
+from engine.checkpoints.weights import Place
 from engine.kernels.batch import RaggedBatch
 from engine.kernels.kv_cache import KvCache
 
@@ -19,10 +20,10 @@ class Model(Protocol):
     def config(self) -> ModelConfig: ...
 
     @property
-    def places(self) -> Mapping[str, torch.Tensor]:
-        """Hugging Face tensor name → where it belongs (a view, of the checkpoint's shape, in the model's dtype).
+    def places(self) -> Mapping[str, Place]:
+        """Hugging Face tensor name → where it belongs.
 
-        The views are disjoint and cover every weight: all of them must be filled.
+        The places are disjoint and cover every weight: all of them must be filled.
         """
         ...
 
