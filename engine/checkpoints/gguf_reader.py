@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from engine.checkpoints.dequantize import dequantize_into
+from engine.checkpoints.dequantize import PLAIN, dequantize_into
 from engine.checkpoints.errors import CheckpointError
 from engine.checkpoints.gguf_config import ROPE_FACTORS
-from engine.checkpoints.gguf_file import GgufTensor, read_gguf_header
+from engine.checkpoints.gguf_file import KINDS, GgufTensor, read_gguf_header
 from engine.checkpoints.gguf_split import split_files
-from engine.checkpoints.mapped_file import MappedFile
+from engine.checkpoints.mapped_file import MappedFile, as_floats
 from engine.checkpoints.model_config import ModelConfig
+from engine.checkpoints.weights import row_ranges
 
 # ggml's name → Hugging Face's, for the families that are served.
 _GLOBAL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -32,8 +35,6 @@ _LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 _NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<stem>\w+)\.(?P<suffix>weight|bias)")
-# Elements that are converted at once: temporaries of half a MB stay in the cache.
-_CHUNK = 131072
 
 
 def hugging_face_name(ggml_name: str) -> str:
@@ -48,7 +49,7 @@ def hugging_face_name(ggml_name: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Source:
     """head_rows: rows of a head, where the file has them in ggml's rotary order; None: rows are as they should."""
 
     file: MappedFile
@@ -62,7 +63,7 @@ class GgufReader:
 
     def __init__(self, path: Path, config: ModelConfig) -> None:
         """Open the files; no tensor is read. Raises CheckpointError for files that are missing or damaged."""
-        self._places: dict[str, _Place] = {}
+        self._sources: dict[str, _Source] = {}
         files = split_files(path)
         for number, file in enumerate(files):
             header = read_gguf_header(file)
@@ -83,72 +84,64 @@ class GgufReader:
                 # one architecture have the rows of q and k reordered so that both mean the same.
                 rotary = permuted and re.search(r"\.attn_[qk]\.(weight|bias)$", name) is not None
                 self._add(
-                    hugging_face_name(name), _Place(mapped, str(file), tensor, config.head_dim if rotary else None)
+                    hugging_face_name(name), _Source(mapped, str(file), tensor, config.head_dim if rotary else None)
                 )
 
-    def _add(self, name: str, place: _Place) -> None:
-        if name in self._places:
-            raise CheckpointError(f"{place.where}: {place.tensor.name} is {name}, which is there already")
-        self._places[name] = place
+    def _add(self, name: str, source: _Source) -> None:
+        if name in self._sources:
+            raise CheckpointError(f"{source.where}: {source.tensor.name} is {name}, which is there already")
+        self._sources[name] = source
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: place.tensor.shape for name, place in self._places.items()}
+        return {name: source.tensor.shape for name, source in self._sources.items()}
 
-    def read_into(self, name: str, destination: torch.Tensor) -> None:
-        place = self._places[name]
-        tensor = place.tensor
-        if tuple(destination.shape) != tensor.shape:
-            raise CheckpointError(f"{place.where}: {name} is {tensor.shape}, its place {tuple(destination.shape)}")
+    def pieces(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+        source = self._sources[name]
+        tensor = source.tensor
         if tensor.size == 0:
             return
-        target = _as_matrix(destination, place.head_rows)
-        data = place.file.bytes_at(tensor.offset, tensor.size).view(target.shape[0], -1)
-        step = max(1, _CHUNK // target.shape[1])
-        if place.head_rows is not None:
-            step = _rows_within_a_head(step, place, target.shape[0])
-        direct = place.head_rows is None and target.is_contiguous() and target.device.type == "cpu"
-        direct = direct and target.dtype == torch.float32
-        scratch = torch.empty(0 if direct else (step, target.shape[1]), dtype=torch.float32)
-        for start in range(0, target.shape[0], step):
-            rows = data[start : start + step]
-            if direct:
-                dequantize_into(tensor.kind, rows, target[start : start + step])
-                continue
-            values = scratch[: rows.shape[0]]
-            dequantize_into(tensor.kind, rows, values)
-            _store(values, target, start, place.head_rows)
-        place.file.forget(tensor.offset, tensor.size)
+        order = None if source.head_rows is None else _order_in_file(source, source.head_rows)
+        # A vector is read by the blocks of its entries, anything else by its rows.
+        entries = KINDS[tensor.kind][1] if len(tensor.shape) == 1 else 1
+        rows = tensor.shape[0] // entries if tensor.shape else 1
+        columns = math.prod(tensor.shape) // rows
+        data = source.file.bytes_at(tensor.offset, tensor.size).view(rows, -1)
+        scratch = torch.empty(0)
+        for start, stop in row_ranges((rows, columns)):
+            encoded = data[start:stop] if order is None else data.index_select(0, order[start:stop])
+            if encoded.shape[0] > scratch.shape[0]:
+                scratch = torch.empty((encoded.shape[0], columns))
+            values = _decoded(source, encoded, scratch[: encoded.shape[0]])
+            yield start * entries, values.view(-1, *tensor.shape[1:])
+            if order is None:
+                source.file.forget(tensor.offset + start * data.shape[1], encoded.numel())
+        source.file.forget(tensor.offset, tensor.size)
 
 
-def _as_matrix(destination: torch.Tensor, head_rows: int | None) -> torch.Tensor:
-    """A view [rows, columns] of the destination; a vector is one row, or one column when its entries are permuted."""
-    if destination.dim() <= 1:
-        return destination.view(1, -1) if head_rows is None else destination.unsqueeze(1)
-    return destination.flatten(0, -2)
+def _order_in_file(source: _Source, head_rows: int) -> torch.Tensor:
+    """Of each row in Hugging Face's order, its number in a file with permuted heads.
 
-
-def _rows_within_a_head(step: int, place: _Place, rows: int) -> int:
-    """The most rows up to `step` that come in pairs and fill a head evenly."""
-    head_rows = place.head_rows or 1
-    if head_rows % 2 or rows % head_rows:
-        raise CheckpointError(f"{place.where}: {place.tensor.name} has {rows} rows, not heads of {head_rows} in pairs")
-    return max(
-        (count for count in range(2, head_rows + 1, 2) if head_rows % count == 0 and count <= step),
-        default=2,
-    )
-
-
-def _store(values: torch.Tensor, target: torch.Tensor, start: int, head_rows: int | None) -> None:
-    """Copy rows [start, start + n) of the file to where they belong.
-
-    Of a permuted head, row 2j + p of the file is row p × head_rows / 2 + j of Hugging Face's.
+    Row p × head_rows / 2 + j of a head is row 2j + p of it in the file.
     """
-    count = values.shape[0]
-    if head_rows is None:
-        target[start : start + count].copy_(values)
-        return
-    within = start % head_rows
-    first = start - within + within // 2
-    for half in (0, 1):
-        row = first + half * (head_rows // 2)
-        target[row : row + count // 2].copy_(values[half::2])
+    tensor = source.tensor
+    if len(tensor.shape) == 1 and KINDS[tensor.kind][1] > 1:
+        raise CheckpointError(
+            f"{source.where}: {tensor.name} is {KINDS[tensor.kind][0]}, whose entries cannot change places"
+        )
+    if head_rows % 2 or tensor.shape[0] % head_rows:
+        raise CheckpointError(
+            f"{source.where}: {tensor.name} has {tensor.shape[0]} rows, not heads of {head_rows} in pairs"
+        )
+    return torch.arange(tensor.shape[0]).view(-1, head_rows // 2, 2).transpose(1, 2).flatten()
+
+
+def _decoded(source: _Source, encoded: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
+    """Rows of the file as numbers: the very bytes where they are numbers already, else float32 in `scratch`."""
+    name = KINDS[source.tensor.kind][0]
+    if name in PLAIN:
+        return as_floats(encoded, PLAIN[name])
+    try:
+        dequantize_into(source.tensor.kind, encoded, scratch)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source.where}: {source.tensor.name}: {error}") from None
+    return scratch

@@ -14,11 +14,10 @@ from engine.checkpoints.errors import CheckpointError
 from engine.checkpoints.gguf_reader import GgufReader
 from engine.checkpoints.model_config import ModelConfig
 from engine.checkpoints.safetensors_reader import SafetensorsReader
-from engine.checkpoints.weights import WeightReader
+from engine.checkpoints.weights import Place, WeightReader, row_ranges
 from engine.config import ModelSource
 
 _SHOWN = 8
-_CHUNK = 1 << 20
 # Half the width of the uniform distribution of random weights: a standard deviation of 0.02, as models start with.
 _RANDOM_BOUND = 0.02 * 3**0.5
 
@@ -32,7 +31,7 @@ def open_weights(source: ModelSource, config: ModelConfig) -> WeightReader:
 
 def load_weights(
     reader: WeightReader,
-    places: Mapping[str, torch.Tensor],
+    places: Mapping[str, Place],
     *,
     ignore: tuple[str, ...] = (),
     progress: Callable[[int, int], None] | None = None,
@@ -40,7 +39,7 @@ def load_weights(
 ) -> None:
     """Copy every tensor of a checkpoint into its place.
 
-    places: Hugging Face name → destination, of any dtype and device. ignore: regular expressions (`re.search`) of
+    places: Hugging Face name → destination. ignore: regular expressions (`re.search`) of
     names that the checkpoint may hold beyond these. progress: called in this thread with (bytes filled, bytes in all)
     at the start and after each tensor. threads: tensors that are read at once.
 
@@ -57,7 +56,7 @@ def load_weights(
     threads_before = torch.get_num_threads()
     executor = ThreadPoolExecutor(threads, "weights", initializer=torch.set_num_threads, initargs=(1,))
     try:
-        futures = {executor.submit(reader.read_into, name, places[name]): name for name in shapes if name in places}
+        futures = {executor.submit(_copy, reader, name, places[name]): name for name in shapes if name in places}
         for future in as_completed(futures):
             future.result()
             done += places[futures[future]].nbytes
@@ -68,16 +67,19 @@ def load_weights(
         torch.set_num_threads(threads_before)
 
 
-def _check_fit(
-    shapes: Mapping[str, tuple[int, ...]], places: Mapping[str, torch.Tensor], ignore: Iterable[str]
-) -> None:
+def _copy(reader: WeightReader, name: str, place: Place) -> None:
+    for start, rows in reader.pieces(name):
+        place.write(start, rows)
+
+
+def _check_fit(shapes: Mapping[str, tuple[int, ...]], places: Mapping[str, Place], ignore: Iterable[str]) -> None:
     patterns = [re.compile(pattern) for pattern in ignore]
     extra = [name for name in shapes if name not in places and not any(p.search(name) for p in patterns)]
     missing = [name for name in places if name not in shapes]
     misshapen = [
         f"{name} {list(shapes[name])} instead of {list(place.shape)}"
         for name, place in places.items()
-        if name in shapes and shapes[name] != tuple(place.shape)
+        if name in shapes and shapes[name] != place.shape
     ]
     problems = [
         f"{len(names)} {what}: {', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''}"
@@ -88,20 +90,19 @@ def _check_fit(
         raise CheckpointError(f"the checkpoint does not fit its config; tensors that are {'; '.join(problems)}")
 
 
-def random_weights(places: Mapping[str, torch.Tensor], seed: int) -> None:
+def random_weights(places: Mapping[str, Place], seed: int) -> None:
     """Fill a model with random weights that depend on the seed and each tensor's name and shape alone.
 
     Uniform around 0 with a standard deviation of 0.02; the weights of norms are 1.
     """
     for name, place in places.items():
-        if name.endswith("norm.weight"):
-            place.fill_(1.0)
-            continue
         digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-        rows = place.flatten(0, -2) if place.dim() > 1 else place.view(1, -1)
-        step = max(1, _CHUNK // max(1, rows.shape[1]))
-        for start in range(0, rows.shape[0], step):
-            piece = rows[start : start + step]
-            values = torch.empty(piece.shape, dtype=torch.float32)
-            piece.copy_(values.uniform_(-_RANDOM_BOUND, _RANDOM_BOUND, generator=generator))
+        for start, stop in row_ranges(place.shape):
+            rows = torch.empty((stop - start, *place.shape[1:]), dtype=torch.float32)
+            if name.endswith("norm.weight"):
+                rows.fill_(1.0)
+            else:
+                # One draw an element, in the order of the elements: how they are cut into pieces makes no difference.
+                rows.uniform_(-_RANDOM_BOUND, _RANDOM_BOUND, generator=generator)
+            place.write(start, rows)

@@ -36,3 +36,8 @@ class MappedFile:
         end = (offset + size) // mmap.PAGESIZE * mmap.PAGESIZE
         if end > start:
             self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
+
+
+def as_floats(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Bytes [..., n] as numbers [..., n / size of one]: the same memory, or a copy where a writer did not align it."""
+    return (data.clone() if data.storage_offset() % dtype.itemsize else data).view(dtype)

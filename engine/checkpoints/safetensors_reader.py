@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,16 +13,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from engine.checkpoints.errors import CheckpointError
-from engine.checkpoints.mapped_file import MappedFile
+from engine.checkpoints.mapped_file import MappedFile, as_floats
 from engine.checkpoints.safetensors_index import read_index
+from engine.checkpoints.weights import row_ranges
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Elements that are converted at once: temporaries of half a MB stay in the cache.
-_CHUNK = 131072
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Tensor:
     file: MappedFile
     where: str
     dtype: str
@@ -34,16 +35,16 @@ class SafetensorsReader:
 
     def __init__(self, folder: Path) -> None:
         """Open the files; no tensor is read. Raises CheckpointError for files that are missing or damaged."""
-        self._places: dict[str, _Place] = {}
+        self._tensors: dict[str, _Tensor] = {}
         index_path = folder / "model.safetensors.index.json"
         if index_path.is_file():
             self._open_indexed(folder, index_path)
         else:
             for path in _files(folder):
-                for name, place in _places_in(path).items():
-                    if name in self._places:
-                        raise CheckpointError(f"{path}: holds {name}, which {self._places[name].where} holds too")
-                    self._places[name] = place
+                for name, tensor in _tensors_in(path).items():
+                    if name in self._tensors:
+                        raise CheckpointError(f"{path}: holds {name}, which {self._tensors[name].where} holds too")
+                    self._tensors[name] = tensor
 
     def _open_indexed(self, folder: Path, index_path: Path) -> None:
         index = read_index(index_path)
@@ -51,40 +52,27 @@ class SafetensorsReader:
         missing = [file for file, path in files.items() if not path.is_file()]
         if missing:
             raise CheckpointError(f"{index_path}: names {len(missing)} missing files: {', '.join(missing[:8])}")
-        places = {file: _places_in(path) for file, path in files.items()}
+        tensors = {file: _tensors_in(path) for file, path in files.items()}
         for name, file in index.items():
-            if name not in places[file]:
+            if name not in tensors[file]:
                 raise CheckpointError(f"{index_path}: {name} should be in {file} but is not")
-            self._places[name] = places[file][name]
+            self._tensors[name] = tensors[file][name]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: place.shape for name, place in self._places.items()}
+        return {name: tensor.shape for name, tensor in self._tensors.items()}
 
-    def read_into(self, name: str, destination: torch.Tensor) -> None:
-        place = self._places[name]
-        if place.dtype not in _DTYPES:
-            raise CheckpointError(f"{place.where}: {name} is of type {place.dtype}; known are {', '.join(_DTYPES)}")
-        if tuple(destination.shape) != place.shape:
-            raise CheckpointError(f"{place.where}: {name} is {place.shape}, its place {tuple(destination.shape)}")
-        if place.size == 0:
-            return
-        data = place.file.bytes_at(place.offset, place.size)
-        if place.offset % _DTYPES[place.dtype].itemsize:
-            # Old writers did not align the data; rare enough to copy the tensor.
-            data = data.clone()
-        source = data.view(_DTYPES[place.dtype])
-        if not place.shape:
-            destination.copy_(source[0])
-            return
-        rows = source.view(place.shape[0], -1)
-        target = destination if destination.dim() > 1 else destination.unsqueeze(1)
-        step = max(1, _CHUNK // rows.shape[1])
-        row_bytes = place.size // place.shape[0]
-        for start in range(0, place.shape[0], step):
-            piece = rows[start : start + step]
-            target[start : start + step].copy_(piece.view(piece.shape[0], *target.shape[1:]))
-            place.file.forget(place.offset + start * row_bytes, piece.shape[0] * row_bytes)
-        place.file.forget(place.offset, place.size)
+    def pieces(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+        tensor = self._tensors[name]
+        dtype = _DTYPES.get(tensor.dtype)
+        if dtype is None:
+            raise CheckpointError(f"{tensor.where}: {name} is of type {tensor.dtype}; known are {', '.join(_DTYPES)}")
+        row_bytes = math.prod(tensor.shape[1:]) * dtype.itemsize
+        for start, stop in row_ranges(tensor.shape):
+            offset, size = tensor.offset + start * row_bytes, (stop - start) * row_bytes
+            rows = as_floats(tensor.file.bytes_at(offset, size), dtype)
+            yield start, rows.view(stop - start, *tensor.shape[1:])
+            tensor.file.forget(offset, size)
+        tensor.file.forget(tensor.offset, tensor.size)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -100,7 +88,7 @@ def _files(folder: Path) -> list[Path]:
     return files
 
 
-def _places_in(path: Path) -> dict[str, _Place]:
+def _tensors_in(path: Path) -> dict[str, _Tensor]:
     """Where the tensors of a file lie, in the order of the file. The library checks the header; we only read it."""
     try:
         with safe_open(path, framework="pt"):
@@ -111,13 +99,13 @@ def _places_in(path: Path) -> dict[str, _Place]:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: {error}") from None
     mapped = MappedFile(path)
-    places = {}
+    tensors = {}
     for name, entry in sorted(
         ((name, entry) for name, entry in header.items() if name != "__metadata__"),
         key=lambda item: item[1]["data_offsets"],
     ):
         begin, end = entry["data_offsets"]
-        places[name] = _Place(
+        tensors[name] = _Tensor(
             file=mapped,
             where=str(path),
             dtype=entry["dtype"],
@@ -125,4 +113,4 @@ def _places_in(path: Path) -> dict[str, _Place]:
             offset=8 + length + begin,
             size=end - begin,
         )
-    return places
+    return tensors

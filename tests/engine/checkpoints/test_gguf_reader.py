@@ -21,6 +21,7 @@ from engine.checkpoints.gguf_reader import GgufReader
 from engine.checkpoints.load_weights import load_weights, open_weights
 from engine.checkpoints.locate import locate
 from engine.checkpoints.read_config import read_model_config
+from engine.checkpoints.weights import TensorPlace
 from engine.config import ModelSource
 
 torch.set_num_threads(1)
@@ -70,7 +71,7 @@ def test_default_model_is_what_gguf_reads() -> None:
     config = read_model_config(source)
     reader = open_weights(source, config)
     places = {name: torch.empty(shape) for name, shape in reader.shapes().items()}
-    load_weights(reader, places)
+    load_weights(reader, {name: TensorPlace(tensor) for name, tensor in places.items()})
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(source.path).tensors}
     assert len(tensors) == len(places)
 
@@ -151,7 +152,7 @@ def load_all(path: Path) -> dict[str, torch.Tensor]:
     source = ModelSource(name="x", kind="gguf", path=str(path))
     reader = open_weights(source, read_model_config(source))
     places = {name: torch.full(shape, float("nan")) for name, shape in reader.shapes().items()}
-    load_weights(reader, places)
+    load_weights(reader, {name: TensorPlace(tensor) for name, tensor in places.items()})
     return places
 
 
@@ -208,7 +209,7 @@ def test_rows_are_converted_to_the_destinations_type_in_any_layout(tmp_path: Pat
             name: torch.zeros((*tensor.shape[:-1], 2 * tensor.shape[-1]), dtype=dtype)[..., ::2]
             for name, tensor in expected.items()
         }
-        load_weights(reader, places)
+        load_weights(reader, {name: TensorPlace(tensor) for name, tensor in places.items()})
         for name, tensor in expected.items():
             assert torch.equal(places[name], tensor.to(dtype)), (name, dtype)
 

@@ -19,6 +19,7 @@ from engine.checkpoints.load_weights import load_weights, open_weights, random_w
 from engine.checkpoints.locate import locate
 from engine.checkpoints.read_config import read_model_config
 from engine.checkpoints.safetensors_reader import SafetensorsReader
+from engine.checkpoints.weights import TensorPlace
 
 torch.set_num_threads(1)
 
@@ -35,11 +36,15 @@ def tiny(**changes: Any) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(LlamaConfig(**settings | changes))
 
 
+def tensor_places(tensors: dict[str, torch.Tensor]) -> dict[str, TensorPlace]:
+    return {name: TensorPlace(tensor) for name, tensor in tensors.items()}
+
+
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     source = locate(str(folder))
     reader = open_weights(source, read_model_config(source))
     places = {name: torch.empty(shape, dtype=dtype) for name, shape in reader.shapes().items()}
-    load_weights(reader, places)
+    load_weights(reader, tensor_places(places))
     return places
 
 
@@ -65,7 +70,7 @@ def test_fused_places_are_filled_row_by_row(tmp_path: Path) -> None:
     names = [f"model.layers.0.self_attn.{part}_proj.weight" for part in "qkv"]
     places = dict(zip(names, fused.split(64), strict=True))
     ignore = (r"^(?!model\.layers\.0\.self_attn\.[qkv]_proj)",)
-    load_weights(SafetensorsReader(tmp_path), places, ignore=ignore)
+    load_weights(SafetensorsReader(tmp_path), tensor_places(places), ignore=ignore)
     assert torch.equal(fused, torch.cat([expected[name] for name in names]))
 
 
@@ -76,7 +81,7 @@ def test_what_is_missing_extra_or_misshapen_is_named_before_anything_is_copied(t
     reader = SafetensorsReader(tmp_path)
     places = {"a": torch.zeros(3, 2), "extra.0": torch.zeros(2), "gone": torch.zeros(1)}
     with pytest.raises(CheckpointError) as caught:
-        load_weights(reader, places, ignore=(r"^extra\.10$",))
+        load_weights(reader, tensor_places(places), ignore=(r"^extra\.10$",))
     message = str(caught.value)
     assert "1 missing: gone" in message
     assert "9 unexpected: extra.1, extra.2" in message
@@ -92,7 +97,9 @@ def test_progress_counts_every_byte_once(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors")
     places = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
     seen: list[tuple[int, int]] = []
-    load_weights(SafetensorsReader(tmp_path), places, progress=lambda done, total: seen.append((done, total)))
+    load_weights(
+        SafetensorsReader(tmp_path), tensor_places(places), progress=lambda done, total: seen.append((done, total))
+    )
     total = sum(tensor.nbytes for tensor in tensors.values())
     assert seen[0] == (0, total) and seen[-1] == (total, total) and len(seen) == 10
     assert seen == sorted(seen)
@@ -102,7 +109,7 @@ def test_loading_leaves_torchs_threads_as_they_were(tmp_path: Path) -> None:
     save_file({"a": torch.ones(3)}, tmp_path / "model.safetensors")
     torch.set_num_threads(2)
     try:
-        load_weights(SafetensorsReader(tmp_path), {"a": torch.empty(3)})
+        load_weights(SafetensorsReader(tmp_path), {"a": TensorPlace(torch.empty(3))})
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
@@ -123,11 +130,11 @@ def test_shapes_of_every_rank_and_data_that_is_not_aligned(tmp_path: Path) -> No
     reader = SafetensorsReader(tmp_path)
     assert reader.shapes()["empty"] == (0, 7)
     places = {name: torch.empty(shape) for name, shape in reader.shapes().items() if name != "whole"}
-    load_weights(reader, places, ignore=("^whole$",))
+    load_weights(reader, tensor_places(places), ignore=("^whole$",))
     assert places["odd"].tolist() == [1.0] and places["scalar"].item() == 2.5
     assert torch.equal(places["cube"], values.view(2, 3, 4))
     with pytest.raises(CheckpointError, match="whole is of type I64; known are F64, F32, F16, BF16"):
-        load_weights(reader, places | {"whole": torch.empty(1)})
+        load_weights(reader, tensor_places(places | {"whole": torch.empty(1)}))
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:
@@ -169,7 +176,7 @@ def test_original_weights_beside_converted_ones_are_left_alone(tmp_path: Path) -
 def test_random_weights_depend_on_the_seed_and_the_name_alone() -> None:
     def filled(seed: int, names: list[str], dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
         places = {name: torch.full((300, 70), float("nan"), dtype=dtype) for name in names}
-        random_weights(places, seed)
+        random_weights(tensor_places(places), seed)
         return places
 
     once = filled(1, ["a.weight", "b.weight", "norm.weight"])
@@ -187,6 +194,7 @@ import sys, torch
 from engine.checkpoints.load_weights import load_weights, open_weights
 from engine.checkpoints.locate import locate
 from engine.checkpoints.read_config import read_model_config
+from engine.checkpoints.weights import TensorPlace
 def status(key):
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith(key)) * 1024
@@ -194,7 +202,8 @@ source = locate(sys.argv[1])
 torch.arange(3.0).bfloat16()
 before = status("VmRSS")
 reader = open_weights(source, read_model_config(source))
-places = {name: torch.empty(shape, dtype=getattr(torch, sys.argv[2])) for name, shape in reader.shapes().items()}
+dtype = getattr(torch, sys.argv[2])
+places = {name: TensorPlace(torch.empty(shape, dtype=dtype)) for name, shape in reader.shapes().items()}
 load_weights(reader, places)
 print((status("VmHWM") - before) / sum(place.nbytes for place in places.values()))
 """

@@ -16,6 +16,7 @@ from tiny_models import load_oracle, tiny_llama, tiny_mistral, tiny_qwen2, tiny_
 
 from engine.checkpoints.model_config import ModelConfig
 from engine.checkpoints.read_config import read_model_config
+from engine.checkpoints.weights import Place, TensorPlace
 from engine.config import ModelSource
 from engine.kernels import reference
 from engine.kernels.batch import RaggedBatch, offsets
@@ -106,11 +107,16 @@ def filled_model(config: ModelConfig, oracle: Any, dtype: torch.dtype) -> Model:
         name: place.shape for name, place in model.places.items()
     }
     for place in model.places.values():
-        place.fill_(torch.nan)
+        place.write(0, torch.full(place.shape, torch.nan))
     for name, tensor in weights.items():
-        model.places[name].copy_(tensor)
-    assert not any(place.isnan().any() for place in model.places.values()), "places overlap"
+        model.places[name].write(0, tensor)
+    assert not any(tensor_of(place).isnan().any() for place in model.places.values()), "places overlap"
     return model
+
+
+def tensor_of(place: Place) -> torch.Tensor:
+    assert isinstance(place, TensorPlace)
+    return place.tensor
 
 
 def run_step(model: Model, cache: Any, plan: list[tuple[Sequence, int]]) -> None:
@@ -219,6 +225,6 @@ def test_half_precision(case: Case, dtype: torch.dtype) -> None:
 
 
 def test_weight_bytes_are_the_weights(case: Case) -> None:
-    places = case.model.places
-    storages = {place.untyped_storage().data_ptr(): place.untyped_storage().nbytes() for place in places.values()}
-    assert case.model.weight_bytes == sum(storages.values()) == sum(4 * place.numel() for place in places.values())
+    places = [tensor_of(place) for place in case.model.places.values()]
+    storages = {place.untyped_storage().data_ptr(): place.untyped_storage().nbytes() for place in places}
+    assert case.model.weight_bytes == sum(storages.values()) == sum(4 * place.numel() for place in places)
