@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ from engine.checkpoints.load_weights import load_weights, open_weights, random_w
 from engine.checkpoints.model_config import ModelConfig
 from engine.checkpoints.read_config import read_model_config
 from engine.config import ConfigError, RunConfig, ServerConfig
-from engine.kernels import reference
-from engine.kernels.kv_cache import KvCache, allocate_kv_cache, kv_bytes_per_token
+from engine.kernels.choice import open_backend
+from engine.kernels.kv_cache import allocate_kv_cache, kv_bytes_per_token
+from engine.kernels.table import Program
 from engine.models.model import Model
 from engine.models.registry import build_model
 from engine.wire.lifecycle import Limits
@@ -44,10 +44,9 @@ _DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """A loaded model, its KV pool, and what both allow."""
+    """A loaded model with its KV pool, and what both allow."""
 
-    model: Model
-    cache: KvCache
+    program: Program
     limits: Limits
 
 
@@ -55,11 +54,11 @@ def load_engine(config: RunConfig, *, started: float) -> Engine:
     """Load the weights, size and allocate the pool. `started`: time.monotonic() at the start of the process."""
     server = config.server
     seconds = {"imports": time.monotonic() - started}
-    torch.set_num_threads(server.cpu_threads or len(os.sched_getaffinity(0)))
+    backend = open_backend(server.cpu_isa, server.cpu_threads)
     available = psutil.virtual_memory().available
     model_config = read_model_config(config.model, server.json_model_override_args)
     dtype = model_dtype(server.dtype, model_config)
-    model = build_model(model_config, dtype=dtype, device="cpu", ops=reference)
+    model = build_model(model_config, dtype=dtype, backend=backend)
     check_fits(model.weight_bytes, available)
     mark = time.monotonic()
     fill_weights(model, config, model_config)
@@ -68,7 +67,7 @@ def load_engine(config: RunConfig, *, started: float) -> Engine:
     kv_dtype = dtype if server.kv_cache_dtype == "auto" else _DTYPES[server.kv_cache_dtype]
     token_bytes = kv_bytes_per_token(model_config, kv_dtype)
     slots = pool_size(server, config.facts.context_length, token_bytes, model.weight_bytes, available)
-    cache = allocate_kv_cache(model_config, slots, kv_dtype, "cpu")
+    program = model.program(allocate_kv_cache(model_config, slots, kv_dtype, "cpu"))
     seconds["pool"] = time.monotonic() - mark
     gc.collect()
     gc.freeze()
@@ -84,11 +83,11 @@ def load_engine(config: RunConfig, *, started: float) -> Engine:
         load_seconds=seconds,
     )
     logger.info(
-        "%s, %s: weights %.2f GB, KV pool %.2f GB for %d tokens (%.1f GB were free); %s",
-        model_config.architecture, str(dtype).removeprefix("torch."), limits.weight_gb, limits.kvcache_gb, slots,
-        limits.available_gb, ", ".join(f"{name} {spent:.2f} s" for name, spent in seconds.items()),
+        "%s, %s, on %s: weights %.2f GB, KV pool %.2f GB for %d tokens (%.1f GB were free); %s",
+        model_config.architecture, str(dtype).removeprefix("torch."), backend.name, limits.weight_gb,
+        limits.kvcache_gb, slots, limits.available_gb, ", ".join(f"{name} {spent:.2f} s" for name, spent in seconds.items()),
     )  # fmt: skip
-    return Engine(model, cache, limits)
+    return Engine(program, limits)
 
 
 def model_dtype(flag: str, config: ModelConfig) -> torch.dtype:

@@ -8,40 +8,43 @@ import numpy as np
 import torch
 
 from engine.kernels.batch import RaggedBatch
-from engine.kernels.kv_cache import KvCache
-from engine.models.model import Model
+from engine.kernels.table import Program
 from scheduler_proc.planner import Extend
 from scheduler_proc.prompt_logprobs import record
 from scheduler_proc.request import Request
 
+NO_ROWS = np.empty(0, np.int64)
 HEAD_ROWS = 128
 """Rows of logits that are computed at once for prompt logprobs (each is a vocabulary wide)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Runner:
-    """The model and its KV pool."""
+    """The model's step over its KV pool."""
 
-    model: Model
-    cache: KvCache
+    program: Program
 
     def run(self, plan: list[Extend]) -> tuple[torch.Tensor, list[Request]]:
         """Compute one step: KV of every planned token, prompt logprobs where wanted.
 
-        Returns float32 logits [R, V] for the R requests whose next token can be sampled, and these requests.
+        Returns float32 logits [R, V] for the R requests whose next token can be sampled, and these requests. The
+        logits may be overwritten, and are valid until the next step.
         """
-        with torch.inference_mode():
-            batch = ragged_batch(plan)
-            hidden = self.model.hidden(batch, self.cache)
-            self._prompt_logprobs(plan, batch, hidden)
-            sampled = [step.request for step in plan if step.completes]
-            ends = [batch.query_starts[i + 1] - 1 for i, step in enumerate(plan) if step.completes]
-            logits = self.model.logits(hidden[torch.tensor(ends, dtype=torch.int64)])
+        batch = ragged_batch(plan)
+        sampled = [step.request for step in plan if step.completes]
+        ends = [batch.query_starts[i + 1] - 1 for i, step in enumerate(plan) if step.completes]
+        rows = np.array(ends, np.int64)
+        if all(step.request.prompt_logprobs is None for step in plan):
+            logits = self.program.run(batch, rows)
+        else:
+            self.program.run(batch, NO_ROWS)
+            self._prompt_logprobs(plan, batch)
+            logits = self.program.logits(rows)
         for step in plan:
             step.request.computed += step.count
         return logits, sampled
 
-    def _prompt_logprobs(self, plan: list[Extend], batch: RaggedBatch, hidden: torch.Tensor) -> None:
+    def _prompt_logprobs(self, plan: list[Extend], batch: RaggedBatch) -> None:
         for i, step in enumerate(plan):
             request = step.request
             if request.prompt_logprobs is None:
@@ -50,9 +53,8 @@ class Runner:
             last = min(request.computed + step.count, request.prompt_length - 1)
             base = batch.query_starts[i] - request.computed
             for start in range(first, last, HEAD_ROWS):
-                end = min(start + HEAD_ROWS, last)
-                logits = self.model.logits(hidden[base + start : base + end])
-                record(request, start, logits)
+                rows = np.arange(base + start, base + min(start + HEAD_ROWS, last))
+                record(request, start, self.program.logits(rows))
 
 
 def ragged_batch(plan: list[Extend]) -> RaggedBatch:

@@ -41,7 +41,7 @@ def main(started: float) -> None:
     scheduler = Scheduler(
         settings=loop_settings,
         planner=Planner(planner_limits(config, engine), memory(config, engine)),
-        runner=Runner(engine.model, engine.cache),
+        runner=Runner(engine.program),
         inbox=inbox,
         outbox=Outbox(context, config.runtime_dir, "detokenizer"),
         statistics=Statistics(config.server.decode_log_interval),

@@ -137,7 +137,16 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     random_seed: Annotated[int | None, Flag("seed of the server's own randomness", minimum=0, maximum=2**63 - 1)] = None
     enable_deterministic_inference: Annotated[bool, Flag("accepted: Tokenmill is always deterministic")] = False
     disable_cuda_graph: Annotated[bool, Flag("no CUDA graphs; no effect on a CPU")] = False
-    cpu_threads: Annotated[int | None, Flag("threads of the model on a CPU; default: one a core", minimum=1)] = None
+    cpu_threads: Annotated[
+        int | None, Flag("threads of the model on a CPU; default: one a physical core", minimum=1)
+    ] = None
+    cpu_isa: Annotated[
+        str,
+        Flag(
+            "instruction set of the model's kernels on a CPU; auto: the best there is; reference: plain torch, slow",
+            choices=("auto", "amx", "avx512bf16", "avx512", "avx2", "reference"),
+        ),
+    ] = "auto"
 
     # Logging and supervision
     log_level: Annotated[

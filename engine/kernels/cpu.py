@@ -84,3 +84,13 @@ class CpuBackend:
         ops = cast(Ops, recorder)
         logits = head(ops, step(ops, EMPTY, cache))
         return PlanProgram(plan, recorder, logits.buffer)
+
+
+def open_cpu_backend(isa: str, cores: list[int], threads: int) -> CpuBackend:
+    """Start the team. cores: where its threads are pinned as far as there is one for each.
+
+    Raises ValueError for an ISA that this machine cannot run.
+    """
+    team = _cpu.Team(threads, cores if threads <= len(cores) else [])
+    _cpu.Plan(team, isa)  # refuses what cannot be run
+    return CpuBackend(isa, team)

@@ -50,6 +50,7 @@ class PackedRows:
         return (self.stop - self.start) * self.matrix.inputs * self.matrix.dtype.itemsize
 
     def write(self, start: int, rows: torch.Tensor) -> None:
+        _check_within(self.shape[0], start, len(rows))
         self.matrix.packed.write(self.start + start, rows.to("cpu", self.matrix.dtype).contiguous())
 
     def read(self) -> torch.Tensor:
@@ -76,9 +77,15 @@ class PackedBias:
         return (self.stop - self.start) * 4
 
     def write(self, start: int, rows: torch.Tensor) -> None:
+        _check_within(self.shape[0], start, len(rows))
         self.matrix.packed.write_bias(self.start + start, rows.to("cpu", torch.float32).contiguous().numpy())
 
 
 def packed_matrix(outputs: int, inputs: int, dtype: torch.dtype, *, bias: bool, gated: bool) -> PackedMatrix:
     """Allocate. Raises MemoryError."""
     return PackedMatrix(outputs, inputs, dtype, gated, _cpu.Matrix(outputs, inputs, DTYPES[dtype], gated, bias))
+
+
+def _check_within(size: int, start: int, count: int) -> None:
+    if not 0 <= start <= start + count <= size:
+        raise IndexError(f"rows {start} to {start + count} do not fit a place of {size}")

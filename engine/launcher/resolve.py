@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from engine.checkpoints.tokenizer import read_eos_ids
 from engine.config import ConfigError, ModelFacts, ModelSource, ServerConfig
 from engine.config.checks import SERVED_POLICIES
 from engine.config.environment import switch
+from engine.kernels.cores import physical_cores
 
 _DTYPES = {"half": "float16", "float": "float32"}
 
@@ -114,12 +114,6 @@ def _filled_in(config: ServerConfig, model: ModelSource, context_length: int) ->
         device="cpu",
         attention_backend="torch_native",
         random_seed=secrets.randbits(31) if config.random_seed is None else config.random_seed,
-        cpu_threads=config.cpu_threads or _usable_cores(),
+        cpu_threads=config.cpu_threads or len(physical_cores()),
         log_level_http=config.log_level_http or config.log_level,
     )
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -1,0 +1,57 @@
+"""Which backend serves: the kernels of the best instruction set that this machine has, unless told otherwise."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from engine.config import ConfigError
+from engine.config.environment import setting
+from engine.kernels.cores import physical_cores
+from engine.kernels.eager import EagerBackend
+from engine.kernels.table import Backend
+
+logger = logging.getLogger(__name__)
+
+REFERENCE = "reference"
+
+
+def open_backend(isa: str, threads: int | None) -> Backend:
+    """The backend for `--cpu-isa` and `--cpu-threads`.
+
+    isa: "auto" asks the environment (TOKENMILL_CPU_ISA), then the processor. threads: None: one for each physical core
+    that this process may use. Raises ConfigError, naming what there is, for an ISA that this machine cannot run.
+    """
+    cores = physical_cores()
+    count = threads or len(cores)
+    wanted = isa if isa != "auto" else setting("CPU_ISA") or "auto"
+    if wanted == REFERENCE:
+        return _reference(count)
+    try:
+        from engine.kernels import _cpu
+    except ImportError as error:
+        if wanted != "auto":
+            raise ConfigError(f"--cpu-isa {wanted}: the kernels are not installed ({error})") from None
+        logger.warning("Serving with the slow reference kernels: the compiled ones are not installed (%s)", error)
+        return _reference(count)
+    usable = _cpu.usable_isas()
+    if wanted == "auto":
+        if not usable:
+            logger.warning("Serving with the slow reference kernels: this processor has no AVX2")
+            return _reference(count)
+        wanted = usable[0]
+    from engine.kernels.cpu import open_cpu_backend
+
+    try:
+        backend = open_cpu_backend(wanted, cores, count)
+    except ValueError:
+        allowed = ", ".join(("auto", REFERENCE, *usable))
+        raise ConfigError(f"--cpu-isa is {wanted!r}; this machine can run {allowed}") from None
+    torch.set_num_threads(1)  # torch is left with trifles, and its threads would spin between them
+    return backend
+
+
+def _reference(threads: int) -> Backend:
+    torch.set_num_threads(threads)
+    return EagerBackend()

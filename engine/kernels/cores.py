@@ -1,0 +1,43 @@
+"""The processor cores that this process may use."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+_TOPOLOGY = Path("/sys/devices/system/cpu")
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def physical_cores() -> list[int]:
+    """One logical processor of each physical core that this process may use, at most as many as its cgroup pays for.
+
+    Two hyperthreads share the units that the kernels keep busy: a second thread a core would only be in the way.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return list(range(os.cpu_count() or 1))
+    first_of_core: dict[str, int] = {}
+    for cpu in sorted(os.sched_getaffinity(0)):
+        first_of_core.setdefault(_siblings(cpu), cpu)
+    cores = list(first_of_core.values())
+    quota = _quota()
+    return cores if quota is None else cores[: max(1, math.ceil(quota))]
+
+
+def _siblings(cpu: int) -> str:
+    """The processors that share a core with `cpu`, as the kernel writes them."""
+    try:
+        return (_TOPOLOGY / f"cpu{cpu}/topology/thread_siblings_list").read_text().strip()
+    except OSError:
+        return str(cpu)
+
+
+def _quota() -> float | None:
+    """Processors' worth of time that the cgroup (v2) of this process may use; None: no limit."""
+    try:
+        path = Path("/proc/self/cgroup").read_text().partition("::")[2].splitlines()[0].lstrip("/")
+        granted, period = (_CGROUP / path / "cpu.max").read_text().split()
+        return None if granted == "max" else int(granted) / int(period)
+    except (OSError, ValueError, IndexError):
+        return None
