@@ -183,7 +183,15 @@ void bind_matrix(nb::module_ &module) {
                             self.bias(0) == nullptr ? 0 : self.outputs());
                 self.write_bias(start, static_cast<int>(values.shape(0)), values.data());
             },
-            nb::arg("start"), nb::arg("values"));
+            nb::arg("start"), nb::arg("values"))
+        .def(
+            "read_bias",
+            [](const Matrix &self, int start, nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu> values) {
+                check_range("entries", start, static_cast<std::int64_t>(values.shape(0)),
+                            self.bias(0) == nullptr ? 0 : self.outputs());
+                self.read_bias(start, static_cast<int>(values.shape(0)), values.data());
+            },
+            nb::arg("start"), nb::arg("values"), "Fill `values` with entries [start, start + len(values)).");
 }
 
 }  // namespace

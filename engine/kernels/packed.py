@@ -80,6 +80,12 @@ class PackedBias:
         _check_within(self.shape[0], start, len(rows))
         self.matrix.packed.write_bias(self.start + start, rows.to("cpu", torch.float32).contiguous().numpy())
 
+    def read(self) -> torch.Tensor:
+        """The entries as they were written."""
+        values = torch.empty(self.shape, dtype=torch.float32)
+        self.matrix.packed.read_bias(self.start, values)
+        return values
+
 
 def packed_matrix(outputs: int, inputs: int, dtype: torch.dtype, *, bias: bool, gated: bool) -> PackedMatrix:
     """Allocate. Raises MemoryError."""

@@ -6,13 +6,13 @@ If a slot were lost, shared wrongly or overwritten, the hash and with it the tok
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 
 from engine.kernels.batch import RaggedBatch
+from engine.kernels.table import Program, Rows
 from engine.wire.results import Finish, TokenLogprobs
 from engine.wire.sampling import LogprobOptions, Sampling, TextOptions
 from engine.wire.to_detokenizer import NO_TOKEN, Opened, StepOutput
@@ -37,28 +37,33 @@ def next_token(context: list[int]) -> int:
 
 
 class HashModel:
-    """Writes (token, position) into the pool, reads whole contexts back, and makes one-hot logits of their hash."""
+    """The program of a fake model: writes (token, position) into its pool, reads whole contexts back, and makes one-hot
+    logits of their hash."""
 
-    def __init__(self) -> None:
+    def __init__(self, pool: int) -> None:
+        self.tokens = torch.full((pool,), -1, dtype=torch.int64)
+        self.positions = torch.full((pool,), -1, dtype=torch.int64)
+        self.answers = torch.empty(0, dtype=torch.int64)
         self.computed = 0
         self.largest_batch = 0
 
-    def hidden(self, batch: RaggedBatch, cache: Any) -> torch.Tensor:
-        cache.tokens[batch.slots] = batch.token_ids
-        cache.positions[batch.slots] = batch.positions
+    def run(self, batch: RaggedBatch, rows: Rows) -> torch.Tensor:
+        self.tokens[batch.slots] = batch.token_ids
+        self.positions[batch.slots] = batch.positions
         self.computed += batch.num_tokens
         self.largest_batch = max(self.largest_batch, batch.num_tokens)
         answers = []
         for sequence, length in enumerate(batch.context_lengths):
             slots = batch.context_slots[batch.context_starts[sequence] : batch.context_starts[sequence + 1]]
-            assert cache.positions[slots].tolist() == list(range(length))
-            tokens = cache.tokens[slots].tolist()
+            assert self.positions[slots].tolist() == list(range(length))
+            tokens = self.tokens[slots].tolist()
             count = batch.query_starts[sequence + 1] - batch.query_starts[sequence]
             answers += [next_token(tokens[: length - count + i + 1]) for i in range(count)]
-        return torch.tensor(answers)[:, None]
+        self.answers = torch.tensor(answers)
+        return self.logits(rows)
 
-    def logits(self, rows: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.one_hot(rows[:, 0], VOCABULARY).float() * 5
+    def logits(self, rows: Rows) -> torch.Tensor:
+        return torch.nn.functional.one_hot(self.answers[torch.from_numpy(rows)], VOCABULARY).float() * 5
 
 
 @dataclass
@@ -94,19 +99,16 @@ class Sent:
 
 def simulated_scheduler(pool: int, *, reuse: bool = True, **limits: Any) -> tuple[Scheduler, Sent, HashModel]:
     """A scheduler over `pool` slots and the fake model; `limits` are fields of `PlannerLimits`."""
-    model = HashModel()
-    cache = SimpleNamespace(
-        tokens=torch.full((pool,), -1, dtype=torch.int64), positions=torch.full((pool,), -1, dtype=torch.int64)
-    )
+    model = HashModel(pool)
     longest = min(200, pool) - 1
-    scheduler, sent = scheduler_over(model, cache, pool, longest=longest, eos_ids=[EOS], reuse=reuse, **limits)
+    scheduler, sent = scheduler_over(model, pool, longest=longest, eos_ids=[EOS], reuse=reuse, **limits)
     return scheduler, sent, model
 
 
 def scheduler_over(
-    model: Any, cache: Any, pool: int, *, longest: int, eos_ids: list[int], reuse: bool = True, **limits: Any
+    program: Program, pool: int, *, longest: int, eos_ids: list[int], reuse: bool = True, **limits: Any
 ) -> tuple[Scheduler, Sent]:
-    """A scheduler over a model and its KV pool, without processes or sockets."""
+    """A scheduler over a model's program, without processes or sockets."""
     sent = Sent()
     defaults: dict[str, Any] = {"prefill_budget": 16, "chunked": True, "max_running": 8}
     scheduler = Scheduler(
@@ -124,7 +126,7 @@ def scheduler_over(
             report={},
         ),
         planner=Planner(PlannerLimits(**(defaults | limits)), KvMemory(pool, reuse=reuse)),
-        runner=Runner(model, cache),
+        runner=Runner(program),
         inbox=None,  # type: ignore[arg-type]
         outbox=sent,  # type: ignore[arg-type]
         statistics=Statistics(10**9),

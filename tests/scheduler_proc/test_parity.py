@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from backends import ISAS, backend
 from oracle import check_greedy, reference_logprobs
 from simulation import Sent, admit, run_to_end, scheduler_over
 from tiny_models import load_oracle, tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3
@@ -17,7 +18,6 @@ from tiny_models import load_oracle, tiny_llama, tiny_mistral, tiny_qwen2, tiny_
 from engine.checkpoints.load_weights import load_weights, open_weights
 from engine.checkpoints.read_config import read_model_config
 from engine.config import ModelSource
-from engine.kernels import reference
 from engine.kernels.kv_cache import allocate_kv_cache
 from engine.models.model import Model
 from engine.models.registry import build_model
@@ -47,21 +47,25 @@ MODELS: dict[str, tuple[Callable[..., Path], dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module", params=MODELS, ids=list(MODELS))
+BACKENDS = ["reference", *ISAS[:1]]
+
+
+@pytest.fixture(scope="module", params=[(model, name) for name in BACKENDS for model in MODELS], ids="-".join)
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Any]:
     """A tiny checkpoint as read by Tokenmill, and by `transformers`."""
-    build, overrides = MODELS[request.param]
-    path = build(tmp_path_factory.mktemp(request.param) / "model", **overrides)
+    name, backend_name = request.param
+    build, overrides = MODELS[name]
+    path = build(tmp_path_factory.mktemp(name) / "model", **overrides)
     source = ModelSource(name=str(path), kind="folder", path=str(path))
     config = read_model_config(source)
-    model = build_model(config, dtype=torch.float32, device="cpu", ops=reference)
+    model = build_model(config, dtype=torch.float32, backend=backend(backend_name))
     load_weights(open_weights(source, config), model.places, ignore=model.ignored)
     return model, load_oracle(path)
 
 
 def serve(model: Model, pool: int, **limits: Any) -> tuple[Scheduler, Sent]:
     cache = allocate_kv_cache(model.config, pool, torch.float32, "cpu")
-    return scheduler_over(model, cache, pool, longest=min(1000, pool - 1), eos_ids=[], **limits)
+    return scheduler_over(model.program(cache), pool, longest=min(1000, pool - 1), eos_ids=[], **limits)
 
 
 def prompts(model: Model, count: int) -> list[list[int]]:

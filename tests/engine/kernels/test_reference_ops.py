@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from engine.kernels import reference, reference_attention
 from engine.kernels.batch import RaggedBatch, offsets
+from engine.kernels.dense import DenseMatrix
 from engine.kernels.kv_cache import KvCache
 from engine.kernels.table import Ops, RotaryFrequencies
 
@@ -48,7 +49,7 @@ def check(result: torch.Tensor, expected: Array, dtype: torch.dtype, roundings: 
 def test_embedding(dtype: torch.dtype, tokens: int, width: int, vocabulary: int, seed: int) -> None:
     weight = random(seed, vocabulary, width, dtype=dtype)
     ids = torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(seed))
-    result = OPS.embedding(ids, weight)
+    result = OPS.embedding(ids, DenseMatrix(weight, None))
     assert result.shape == (tokens, width)
     assert all(torch.equal(result[i], weight[ids[i]]) for i in range(tokens))
 
@@ -61,7 +62,7 @@ def test_linear(dtype: torch.dtype, tokens: int, inputs: int, outputs: int, bias
     for t in range(tokens):
         for o in range(outputs):
             expected[t, o] = sum(exact(x)[t] * exact(weight)[o]) + (0 if bias is None else exact(bias)[o])
-    check(OPS.linear(x, weight, bias), expected, dtype)
+    check(OPS.linear(x, DenseMatrix(weight, bias)), expected, dtype)
 
 
 def naive_rms_norm(row: Array, weight: Array) -> Array:
@@ -78,15 +79,13 @@ def test_rms_norm(dtype: torch.dtype, tokens: int, width: int, carried: bool, se
     check(normed, np.stack([naive_rms_norm(row, exact(weight)) for row in exact(total)]), dtype, roundings=3)
 
 
-@given(DTYPES, SIZES, SIZES, SEEDS)
-def test_silu_mul(dtype: torch.dtype, tokens: int, width: int, seed: int) -> None:
-    gate_up = random(seed, tokens, 2 * width, dtype=dtype)
-    expected = np.zeros((tokens, width))
-    for t in range(tokens):
-        for i in range(width):
-            gate, up = exact(gate_up)[t, i], exact(gate_up)[t, width + i]
-            expected[t, i] = gate / (1 + math.exp(-gate)) * up
-    check(OPS.silu_mul(gate_up), expected, dtype, roundings=3)
+@given(DTYPES, SIZES, SIZES, SIZES, st.booleans(), SEEDS)
+def test_gated_linear(dtype: torch.dtype, tokens: int, inputs: int, width: int, biased: bool, seed: int) -> None:
+    x, weight = random(seed, tokens, inputs, dtype=dtype), random(seed + 1, 2 * width, inputs, dtype=dtype)
+    matrix = DenseMatrix(weight, random(seed + 2, 2 * width, dtype=dtype) if biased else None)
+    gate_up = exact(OPS.linear(x, matrix))
+    gate, up = gate_up[:, :width], gate_up[:, width:]
+    check(OPS.gated_linear(x, matrix), gate / (1 + np.exp(-gate)) * up, dtype, roundings=3)
 
 
 @given(DTYPES, SIZES, SIZES, st.integers(1, 50), SEEDS)
@@ -95,7 +94,7 @@ def test_logits_are_not_rounded_to_the_dtype(
 ) -> None:
     x, weight = random(seed, rows, width, dtype=dtype), random(seed + 1, vocabulary, width, dtype=dtype)
     with mock.patch.object(reference, "LOGITS_BLOCK", 7 * width):
-        check(OPS.logits(x, weight), exact(x) @ exact(weight).T, torch.float32, roundings=20)
+        check(OPS.logits(x, DenseMatrix(weight, None)), exact(x) @ exact(weight).T, torch.float32, roundings=20)
 
 
 def batch_of(queries: list[int], cached: list[int], slots: int, seed: int, shared: int = 0) -> RaggedBatch:
@@ -135,7 +134,7 @@ def test_rotary_store(
     rotary = RotaryFrequencies(random(seed, rotary_dim // 2, dtype=torch.float32).abs(), factor=1.25)
     qkv = random(seed + 1, tokens, (query_heads + 2 * kv_heads) * head_dim, dtype=dtype)
     norms = [random(seed + 2 + i, head_dim, dtype=dtype) if normed else None for i in range(2)]
-    keys, values = (torch.full((slots, kv_heads, head_dim), 9.0, dtype=kv_dtype) for _ in range(2))
+    keys, values = (torch.full((kv_heads, slots, head_dim), 9.0, dtype=kv_dtype) for _ in range(2))
     step = OPS.begin_step(batch, rotary, kv_heads, (None,))
     queries = OPS.rotary_store(qkv, norms[0], norms[1], EPS, keys, values, step)
 
@@ -162,20 +161,20 @@ def test_rotary_store(
     )
     check(queries, expected[:, :query_heads], dtype, roundings=4)
     coarse = max(dtype, kv_dtype, key=lambda kind: STEP[kind])
-    written = keys[batch.slots]
+    written = keys[:, batch.slots].transpose(0, 1)
     check(written.to(coarse), expected[:, query_heads:], coarse, roundings=6)
-    assert torch.equal(values[batch.slots], qkv.view(tokens, -1, head_dim)[:, -kv_heads:].to(kv_dtype))
+    assert torch.equal(values[:, batch.slots].transpose(0, 1), qkv.view(tokens, -1, head_dim)[:, -kv_heads:].to(kv_dtype))
     others = torch.ones(slots, dtype=torch.bool)
     others[batch.slots] = False
-    assert (keys[others] == 9).all()
-    assert (values[others] == 9).all()
+    assert (keys[:, others] == 9).all()
+    assert (values[:, others] == 9).all()
 
 
 def naive_attention(
     batch: RaggedBatch, queries: Array, keys: Array, values: Array, scale: float, window: int | None
 ) -> Array:
     output = np.zeros_like(queries)
-    group = queries.shape[1] // keys.shape[1]
+    group = queries.shape[1] // keys.shape[0]
     for s in range(batch.num_sequences):
         slots = batch.context_slots[batch.context_starts[s] : batch.context_starts[s + 1]].tolist()
         first, last = batch.query_starts[s], batch.query_starts[s + 1]
@@ -183,9 +182,9 @@ def naive_attention(
             index = len(slots) - (last - t)
             seen = slots[max(0, index + 1 - (window or index + 1)) : index + 1]
             for h in range(queries.shape[1]):
-                scores = [scale * sum(queries[t, h] * keys[slot, h // group]) for slot in seen]
+                scores = [scale * sum(queries[t, h] * keys[h // group, slot]) for slot in seen]
                 weights = np.exp(np.array(scores) - max(scores))
-                rows = [values[slot, h // group] for slot in seen]
+                rows = [values[h // group, slot] for slot in seen]
                 output[t, h] = sum(w * row for w, row in zip(weights / weights.sum(), rows, strict=True))
     return output.reshape(len(queries), -1)
 
@@ -201,10 +200,10 @@ def test_attention(dtype: torch.dtype, kv_heads: int, group: int, head_dim: int,
     shared, seed = data.draw(st.sampled_from([0, 4]), "shared"), data.draw(SEEDS, "seed")
     kv_dtype = data.draw(st.sampled_from([dtype, torch.float32]), "kv dtype")
     batch = batch_of([new for new, _ in sequences], [old for _, old in sequences], 200, seed, shared)
-    keys, values = (torch.full((200, kv_heads, head_dim), torch.nan, dtype=kv_dtype) for _ in range(2))
+    keys, values = (torch.full((kv_heads, 200, head_dim), torch.nan, dtype=kv_dtype) for _ in range(2))
     for i, pool in enumerate((keys, values)):
-        rows = random(seed + i, len(batch.context_slots), kv_heads, head_dim, dtype=dtype)
-        pool[batch.context_slots] = rows.to(kv_dtype)
+        rows = random(seed + i, kv_heads, len(batch.context_slots), head_dim, dtype=dtype)
+        pool[:, batch.context_slots] = rows.to(kv_dtype)
     queries = random(seed + 2, batch.num_tokens, kv_heads * group, head_dim, dtype=dtype)
     scale = data.draw(st.sampled_from([0.3, 1.0]), "scale")
     bounds: dict[str, Any] = {
@@ -223,7 +222,7 @@ def test_attention(dtype: torch.dtype, kv_heads: int, group: int, head_dim: int,
 def test_long_chunk_after_a_long_prefix() -> None:
     """More queries than a block and more keys than a group, at the real bounds."""
     batch = batch_of([300, 1, 1, 1, 1], [150, 1500, 900, 40, 0], 4000, seed=1)
-    keys, values = (random(i, 4000, 1, 4, dtype=torch.float32) for i in range(2))
+    keys, values = (random(i, 1, 4000, 4, dtype=torch.float32) for i in range(2))
     queries = random(2, batch.num_tokens, 2, 4, dtype=torch.float32)
     step = OPS.begin_step(batch, RotaryFrequencies(torch.ones(1), 1.0), 1, (None, 200))
     for window in (None, 200):
@@ -234,7 +233,7 @@ def test_long_chunk_after_a_long_prefix() -> None:
 
 def test_pool_of_one_layer_is_a_view() -> None:
     """Layers of the cache are written through views: nothing of another layer changes."""
-    cache = KvCache(torch.zeros(3, 8, 1, 4), torch.zeros(3, 8, 1, 4))
+    cache = KvCache(torch.zeros(3, 1, 8, 4), torch.zeros(3, 1, 8, 4))
     batch = batch_of([2], [0], 8, seed=3)
     step = OPS.begin_step(batch, RotaryFrequencies(torch.ones(2), 1.0), 1, (None,))
     OPS.rotary_store(torch.ones(2, 12), None, None, EPS, cache.keys[1], cache.values[1], step)

@@ -9,12 +9,12 @@ from tiny_config import CONFIG
 
 from engine.checkpoints.errors import CheckpointError
 from engine.checkpoints.model_config import RopeConfig
-from engine.kernels import reference
+from engine.kernels.eager import EagerBackend
 from engine.models.registry import build_model, known_architectures
 
 
 def build(**changes: object) -> None:
-    build_model(msgspec.structs.replace(CONFIG, **changes), dtype=torch.float32, device="cpu", ops=reference)
+    build_model(msgspec.structs.replace(CONFIG, **changes), dtype=torch.float32, backend=EagerBackend())
 
 
 @pytest.mark.parametrize("architecture", known_architectures())
