@@ -1,0 +1,5 @@
+"""What can end a benchmark."""
+
+
+class BenchError(RuntimeError):
+    """A benchmark that cannot go on. The message says whether server, model or machine failed, and how."""
