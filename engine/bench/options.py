@@ -106,12 +106,20 @@ def _is_here(url: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Says the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        silent = action.default is None or action.default is False or action.default == ()
+        return action.help if silent else super()._get_help_string(action)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = BriefParser(
         prog="tokenmill bench",
         usage="%(prog)s [--option value ...] [-- FLAGS OF THE SERVER]",
         description="Measure a running server (--url) or one that is started for it, with the flags behind `--`.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
     )
     server = parser.add_argument_group("the server")
     server.add_argument("--url", type=_url, metavar="URL", help="a running server; without it one is started")

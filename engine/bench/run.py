@@ -16,6 +16,7 @@ import engine
 from engine.bench import roofline
 from engine.bench.errors import BenchError
 from engine.bench.options import BenchOptions
+from engine.bench.others import OtherProcesses
 from engine.bench.progress import Progress
 from engine.bench.report import Report, table_text, write_json
 from engine.bench.rounds import Runner, warm_up_of
@@ -27,9 +28,9 @@ from engine.config.command_line import shown_command
 
 def bench(options: BenchOptions) -> int:
     """Run what was asked for and print it; returns the exit code. A server that was started is ended in any case."""
-    signal.signal(signal.SIGTERM, _end)
     works = rows_of(options)
     progress = Progress(_requests(options, works), quiet=options.quiet)
+    before = signal.signal(signal.SIGTERM, _end)
     try:
         report = _measure(options, works, progress)
         progress.close()
@@ -47,6 +48,8 @@ def bench(options: BenchOptions) -> int:
     except KeyboardInterrupt:
         progress.close()
         return 128 + signal.SIGINT
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 
@@ -65,7 +68,7 @@ def _requests(options: BenchOptions, works: list[Work]) -> int:
 
 def _measure(options: BenchOptions, works: list[Work], progress: Progress) -> Report:
     progress.phase("connecting" if options.url is not None else "starting the server")
-    with target_of(options) as target:
+    with target_of(options) as (target, server):
         facts = read_facts(target, started_here=options.url is None)
         _check_length(facts, works)
         prompts = make_prompts(options, vocab_size(facts, options))
@@ -75,8 +78,10 @@ def _measure(options: BenchOptions, works: list[Work], progress: Progress) -> Re
             machine = roofline.measure(facts)
         with _transformers(options, facts, progress) as theirs:
             runner = Runner(options, target, prompts, theirs, progress)
+            others = None if server is None else OtherProcesses(server.pids.values())
             for number, work in enumerate(works):
                 runner.run_row(work, number)
+            busy = None if others is None else others.note()
     return Report(
         tokenmill=engine.__version__,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -88,7 +93,7 @@ def _measure(options: BenchOptions, works: list[Work], progress: Progress) -> Re
         rows=runner.rows,
         transformers=runner.their_rows if options.against_transformers else None,
         roofline=None if machine is None else roofline.reached(machine, facts, runner.rows),
-        notes=runner.notes,
+        notes=[*runner.notes, *([] if busy is None else [busy])],
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from engine.bench.errors import BenchError
 from engine.bench.http_client import Target, call, call_json, parse_url
-from engine.bench.live_server import running_server
+from engine.bench.live_server import LiveServer, running_server
 from engine.bench.options import BenchOptions
 from engine.checkpoints.errors import CheckpointError
 from engine.checkpoints.locate import locate
@@ -41,14 +41,14 @@ class Facts:
 
 
 @contextmanager
-def target_of(options: BenchOptions) -> Iterator[Target]:
+def target_of(options: BenchOptions) -> Iterator[tuple[Target, LiveServer | None]]:
     """The server at --url, or one that is started and ended here."""
     if options.url is not None:
-        yield parse_url(options.url, options.api_key)
+        yield parse_url(options.url, options.api_key), None
         return
     quiet = () if any(flag.startswith("--log-level") for flag in options.server_flags) else ("--log-level", "warning")
     with running_server(*quiet, *options.server_flags, start_timeout=_START_TIMEOUT) as server:
-        yield dataclasses.replace(parse_url(server.url), api_key=options.server.api_key)
+        yield dataclasses.replace(parse_url(server.url), api_key=options.server.api_key), server
 
 
 def read_facts(target: Target, *, started_here: bool) -> Facts:
