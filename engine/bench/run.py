@@ -89,7 +89,7 @@ def _measure(options: BenchOptions, works: list[Work], progress: Progress) -> Re
         model=facts.name,
         dtype=facts.dtype,
         threads=facts.threads,
-        options=_shown_options(options),
+        options=shown_options(options),
         rows=runner.rows,
         transformers=runner.their_rows if options.against_transformers else None,
         roofline=None if machine is None else roofline.reached(machine, facts, runner.rows),
@@ -121,7 +121,7 @@ def _transformers(options: BenchOptions, facts: Facts, progress: Progress) -> It
         model.close()
 
 
-def _shown_options(options: BenchOptions) -> dict[str, Any]:
+def shown_options(options: BenchOptions) -> dict[str, Any]:
     """The options as JSON has them, without secrets."""
     shown: dict[str, Any] = {}
     for name in options.__dataclass_fields__:
