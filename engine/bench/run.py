@@ -123,14 +123,9 @@ def _transformers(options: BenchOptions, facts: Facts, progress: Progress) -> It
 
 def shown_options(options: BenchOptions) -> dict[str, Any]:
     """The options as JSON has them, without secrets."""
-    shown: dict[str, Any] = {}
-    for name in options.__dataclass_fields__:
-        value = getattr(options, name)
-        if name == "server":  # server_flags say the same
-            continue
-        if name == "server_flags":
-            value = shown_command(value)
-        if name == "api_key" and value is not None:
-            value = "***"
-        shown[name] = msgspec.to_builtins(value, enc_hook=str)
-    return shown
+    shown = {name: getattr(options, name) for name in options.__dataclass_fields__}
+    shown.pop("server")  # server_flags say the same
+    shown["server_flags"] = shown_command(options.server_flags)
+    shown["api_key"] = None if options.api_key is None else "***"
+    read: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(shown, enc_hook=str))
+    return read
