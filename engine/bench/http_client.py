@@ -18,7 +18,7 @@ import httptools
 import msgspec
 import uvloop
 
-from engine.bench.errors import BenchError
+from engine.bench.errors import BenchError, LostConnectionError
 
 DONE = b"data: [DONE]"
 _BODY_SHOWN = 500
@@ -101,7 +101,7 @@ class Connection(asyncio.Protocol):
         try:
             _, connection = await loop.create_connection(cls, target.host, target.port, ssl=target.tls or None)
         except OSError as error:
-            raise BenchError(f"no connection to {target.url}: {error}") from None
+            raise LostConnectionError(f"no connection to {target.url}: {error}") from None
         return connection
 
     async def exchange(self, wire: bytes, *, streamed: bool, sent: float | None = None) -> Answer:
@@ -172,7 +172,7 @@ class Connection(asyncio.Protocol):
 
     def _fail(self, message: str) -> None:
         if self._future is not None and not self._future.done():
-            self._future.set_exception(BenchError(message))
+            self._future.set_exception(LostConnectionError(message))
 
 
 class _Meta(msgspec.Struct):

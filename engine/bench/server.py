@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.bench.errors import BenchError
+from engine.bench.errors import BenchError, LostConnectionError
 from engine.bench.http_client import Target, call, call_json, parse_url
 from engine.bench.live_server import LiveServer, running_server
 from engine.bench.options import BenchOptions
@@ -21,6 +22,8 @@ from engine.config import ModelSource
 
 # Weights of tens of gigabytes may have to be read, or downloaded first.
 _START_TIMEOUT = 3600.0
+# A server of which one process has died ends soon.
+_END_WAIT = 10.0
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,19 @@ def target_of(options: BenchOptions) -> Iterator[tuple[Target, LiveServer | None
         return
     quiet = () if any(flag.startswith("--log-level") for flag in options.server_flags) else ("--log-level", "warning")
     with running_server(*quiet, *options.server_flags, start_timeout=_START_TIMEOUT) as server:
-        yield dataclasses.replace(parse_url(server.url), api_key=options.server.api_key), server
+        try:
+            yield dataclasses.replace(parse_url(server.url), api_key=options.server.api_key), server
+        except LostConnectionError as error:
+            raise BenchError(f"{error}{_last_words(server)}") from None
+
+
+def _last_words(server: LiveServer) -> str:
+    """How a server has ended, and its log; empty when it has not."""
+    try:
+        code = server.launcher.wait(_END_WAIT)
+    except subprocess.TimeoutExpired:
+        return ""
+    return f"; the server ended with exit code {code}:\n{server.log()}"
 
 
 def read_facts(target: Target, *, started_here: bool) -> Facts:

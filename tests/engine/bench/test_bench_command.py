@@ -11,7 +11,10 @@ import pytest
 from tiny_models import tiny_qwen2
 
 from engine.bench.live_server import running_server
+from engine.bench.rounds import Runner
 from engine.cli import main
+
+RUN_ROW = Runner.run_row
 
 
 def others() -> set[int]:
@@ -86,6 +89,24 @@ def test_a_server_that_does_not_start_is_an_error_with_its_words(capsys: pytest.
     before = others()
     assert main(["bench", "--model-path", "/nope"]) == 1
     assert "/nope is neither a folder nor a .gguf file" in capsys.readouterr().err
+    assert others() == before
+
+
+def test_a_server_that_dies_meanwhile_has_the_last_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = others()
+
+    def kill_launcher() -> None:
+        for process in psutil.Process().children():
+            if "launcher" in " ".join(process.cmdline()):
+                process.kill()
+
+    monkeypatch.setattr(Runner, "run_row", lambda *arguments: (kill_launcher(), RUN_ROW(*arguments)))
+    model = tiny_qwen2(tmp_path / "model")
+    assert main(["bench", "--model-path", str(model), "--rounds", "1", "--prompt-tokens", "8"]) == 1
+    said = capsys.readouterr().err
+    assert "the server ended with exit code -9" in said
     assert others() == before
 
 
