@@ -63,7 +63,7 @@ _ROOFLINE_HEADER = (
 
 def _headline(report: Report) -> str:
     options = report.options
-    threads = "" if report.threads is None else f", {report.threads} threads"
+    threads = "" if report.threads is None else f", {_threads(report.threads)}"
     prompts = f"{options['prompt_tokens']} random ids in"
     if options["prompts"] is not None:
         prompts = f"prompts of {options['prompts']}"
@@ -124,8 +124,8 @@ def _ratio_rows(ours: Sequence[RowFigures], theirs: Sequence[TheirFigures]) -> I
 def _roofline_lines(roofline: RooflineFigures) -> Iterator[str]:
     matmul = ", ".join(f"{name} {flops / 1e9:.0f} GFLOP/s" for name, flops in roofline.matmul_flop_s.items())
     yield (
-        f"This machine with {roofline.threads} threads ({roofline.isa}): reads {roofline.read_bytes_s / 1e9:.1f} GB/s, "
-        f"multiplies {matmul}"
+        f"This machine with {_threads(roofline.threads)} ({roofline.isa}): "
+        f"reads {roofline.read_bytes_s / 1e9:.1f} GB/s, multiplies {matmul}"
     )
     yield (
         f"A decode step reads {roofline.weight_bytes_a_step / 1e6:.0f} MB of weights, "
@@ -156,6 +156,10 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(pairs))
         for pairs in (zip(line, widths, strict=True) for line in lines)
     )
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread" + ("s" if count > 1 else "")
 
 
 def _rate(value: float) -> str:
