@@ -22,7 +22,17 @@ def serve(words: Sequence[str]) -> int:
     return launch(command.config, shlex.join(shown_command(["tokenmill", "serve", *words])), command.warnings)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"serve": serve}
+def bench(words: Sequence[str]) -> int:
+    """Measure a server."""
+    from engine.bench.options import parse_bench
+
+    options = parse_bench(words)
+    from engine.bench.run import bench as measure
+
+    return measure(options)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"serve": serve, "bench": bench}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,8 +11,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from scripts.client import stream
-from scripts.live_server import LiveServer, running_server
+from engine.bench.http_client import Connection, parse_url, read_generation, request_bytes, run
+from engine.bench.live_server import LiveServer, running_server
 
 
 def main() -> None:
@@ -26,11 +26,11 @@ def main() -> None:
     options = parser.parse_args()
     flags = ["--incremental-streaming-output"] if options.incremental else []
     with running_server("--log-level", "warning", "--dtype", options.dtype, *flags, model=options.model) as server:
-        asyncio.run(_round(server, options.streams, 8))
+        run(_round(server, options.streams, 8))
         for _ in range(options.rounds):
             before = _cpu(server)
             started = time.monotonic()
-            asyncio.run(_round(server, options.streams, options.tokens))
+            run(_round(server, options.streams, options.tokens))
             wall = time.monotonic() - started
             count = options.streams * options.tokens
             spent = {name: 1e6 * (seconds - before[name]) / count for name, seconds in _cpu(server).items()}
@@ -40,14 +40,17 @@ def main() -> None:
 
 
 async def _round(server: LiveServer, streams: int, tokens: int) -> None:
-    bodies = [
-        {
-            "text": f"Story number {i}: once upon a time",
-            "sampling_params": {"max_new_tokens": tokens, "ignore_eos": True, "temperature": 0.8, "sampling_seed": i},
-        }
-        for i in range(streams)
-    ]
-    await asyncio.gather(*(stream(server.url, body) for body in bodies))
+    target = parse_url(server.url)
+
+    async def stream(number: int) -> None:
+        sampling = {"max_new_tokens": tokens, "ignore_eos": True, "temperature": 0.8, "sampling_seed": number}
+        body = {"text": f"Story number {number}: once upon a time", "stream": True, "sampling_params": sampling}
+        connection = await Connection.open(target)
+        answer = await connection.exchange(request_bytes(target, "POST", "/generate", body), streamed=True)
+        connection.close()
+        read_generation(answer, streamed=True, tokens=tokens)
+
+    await asyncio.gather(*map(stream, range(streams)))
 
 
 def _cpu(server: LiveServer) -> dict[str, float]:

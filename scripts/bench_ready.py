@@ -12,8 +12,7 @@ import sys
 import time
 import urllib.request
 
-from scripts.client import get
-from scripts.live_server import REPOSITORY
+from engine.bench.http_client import call_json, parse_url
 
 TIMEOUT = 120.0
 
@@ -31,11 +30,11 @@ def main() -> None:
 def _run(number: int, port: int, flags: list[str]) -> float:
     command = [sys.executable, "-m", "engine", "serve", "--port", str(port), "--log-level", "warning", *flags]
     started = time.monotonic()
-    launcher = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+    launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         opened = _first_answer(launcher, f"http://127.0.0.1:{port}/v1/models") - started
         ready = _first_answer(launcher, f"http://127.0.0.1:{port}/health") - started
-        state = get(f"http://127.0.0.1:{port}/server_info")["internal_states"][0]
+        state = call_json(parse_url(f"http://127.0.0.1:{port}"), "GET", "/server_info")["internal_states"][0]
         phases = ", ".join(f"{name} {seconds:.2f}" for name, seconds in state["load_seconds"].items())
         print(f"run {number}: ready {ready:.2f} s, port open {opened:.2f} s,", end=" ")
         print(f"scheduler loaded in {state['startup_time']:.2f} s of its own ({phases})")

@@ -12,7 +12,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PROCESSES = ("http_frontend", "tokenizer_proc", "scheduler_proc", "detokenizer_proc")
 CODE = ("engine", *PROCESSES, "scripts")
 # Bottom to top: what stands further up may import what stands further down.
-FLOORS = ("config", "wire", "checkpoints", "parallel", "kernels", "layers", "models", "launcher", "cli", "__main__")
+FLOORS = (
+    "config", "wire", "checkpoints", "parallel", "kernels", "layers", "models", "launcher", "bench", "cli", "__main__",
+)  # fmt: skip
 MAY_IMPORT = {
     "http_frontend": {"config", "wire"},
     "tokenizer_proc": {"config", "wire", "checkpoints"},

@@ -51,7 +51,7 @@ def parse_serve(argv: Sequence[str]) -> ParsedCommand:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of every known flag. What is not given is missing from its namespace: defaults are ServerConfig's."""
-    parser = _Parser(
+    parser = BriefParser(
         prog="tokenmill serve",
         usage="%(prog)s [MODEL] [--flag value ...]",
         description="Serve a language model over HTTP.",
@@ -93,7 +93,7 @@ def _is_secret(name: str) -> bool:
     return len(name) > 3 and name not in public and any(secret.startswith(name) for secret in SECRET_FLAGS)
 
 
-class _Parser(argparse.ArgumentParser):
+class BriefParser(argparse.ArgumentParser):
     """An ArgumentParser whose error message does not repeat a hundred flags."""
 
     def error(self, message: str) -> NoReturn:

@@ -95,7 +95,7 @@ def start_child(program: Program, config_file: Path, listener: socket.socket) ->
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env=_environment(),
+        env=child_environment(),
         start_new_session=True,
         pass_fds=inherited,
     )
@@ -105,7 +105,7 @@ def start_child(program: Program, config_file: Path, listener: socket.socket) ->
     return Child(program, process, output)
 
 
-def _environment() -> dict[str, str]:
+def child_environment() -> dict[str, str]:
     """This process's environment, in which the packages beside `engine` are found by every child."""
     root = str(Path(engine.__file__).parents[1])
     installed = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages()}

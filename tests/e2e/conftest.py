@@ -7,7 +7,7 @@ import pytest
 from live_client import Api
 from tiny_models import tiny_llama
 
-from scripts.live_server import LiveServer, running_server
+from engine.bench.live_server import LiveServer, running_server
 
 STRICT = {"TOKENMILL_STRICT": "1"}
 """The environment in which a broken pool invariant ends the server, and so the test."""

@@ -15,7 +15,7 @@ import pytest
 from live_client import Api, Json, check_growth, greedy
 from tiny_models import tiny_llama
 
-from scripts.live_server import running_server
+from engine.bench.live_server import running_server
 
 C = 1024
 LONG = greedy(900)

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from live_client import Api, Json, check_growth, greedy
 
-from scripts.live_server import running_server
+from engine.bench.live_server import running_server
 
 PROMPT = "The quick brown fox jumps over the lazy dog. def add(a, b): return"
 LONG = greedy(15_000)

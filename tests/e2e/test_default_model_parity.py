@@ -14,8 +14,8 @@ import torch
 from oracle import check_greedy, reference_logprobs
 from transformers import AutoModelForCausalLM
 
+from engine.bench.live_server import LiveServer, running_server
 from engine.checkpoints.locate import locate
-from scripts.live_server import LiveServer, running_server
 
 NEW_TOKENS = 48
 

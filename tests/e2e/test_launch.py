@@ -12,7 +12,7 @@ import httpx
 import psutil
 import pytest
 
-from scripts.live_server import END_TIMEOUT, PROCESSES, LiveServer, running_server
+from engine.bench.live_server import END_TIMEOUT, PROCESSES, LiveServer, running_server
 
 LONG = {"text": "Once upon a time", "stream": True, "sampling_params": {"max_new_tokens": 150, "ignore_eos": True}}
 

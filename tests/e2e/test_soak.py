@@ -16,7 +16,7 @@ from oracle import check_greedy
 from tiny_models import tiny_llama
 from transformers import AutoModelForCausalLM
 
-from scripts.live_server import LiveServer, running_server
+from engine.bench.live_server import LiveServer, running_server
 
 REQUESTS = 2_000
 CLIENTS = 64

@@ -1,4 +1,4 @@
-"""A server for a test or a benchmark: started as a user starts one, and always ended."""
+"""A server for a benchmark or a test: started as a user starts one, and always ended."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from pathlib import Path
 
 import psutil
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+from engine.bench.errors import BenchError
+from engine.launcher.children import child_environment
+
 START_TIMEOUT = 120.0
 END_TIMEOUT = 60.0
 PROCESSES = {"launcher", "frontend", "tokenizer", "scheduler tp0", "detokenizer"}
@@ -41,24 +43,27 @@ class LiveServer:
 
 @contextmanager
 def running_server(
-    *flags: str, model: str | Path | None = None, env: Mapping[str, str] | None = None
+    *flags: str,
+    model: str | Path | None = None,
+    env: Mapping[str, str] | None = None,
+    start_timeout: float = START_TIMEOUT,
 ) -> Iterator[LiveServer]:
     """Serve `model` (None: the bundled default) on a free port with `flags`, and with `env` added to the environment.
 
-    Raises RuntimeError with the log when the server does not come up. When the body has ended without an error, so
-    must the server on SIGTERM: with exit code 0 and none of its processes left, unless the body itself has ended it.
+    Raises BenchError with the log when the server does not come up within `start_timeout` seconds. When the body has
+    ended without an error, so must the server on SIGTERM: with exit code 0 and none of its processes left, unless the
+    body itself has ended it.
     """
     words = ["--port", "0", *(() if model is None else ("--model-path", str(model))), *flags]
-    with tempfile.TemporaryDirectory(prefix="tokenmill-test-") as folder:
+    with tempfile.TemporaryDirectory(prefix="tokenmill-live-") as folder:
         log_path = Path(folder) / "log"
         with log_path.open("wb") as log:
             launcher = subprocess.Popen(
-                [sys.executable, "-m", "engine", "serve", *words],
-                cwd=REPOSITORY, env=os.environ | (env or {}), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                stderr=log,
+                [sys.executable, "-P", "-m", "engine", "serve", *words],
+                env=child_environment() | dict(env or {}), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log,
             )  # fmt: skip
         try:
-            server = _when_ready(launcher, log_path)
+            server = _when_ready(launcher, log_path, start_timeout)
             yield server
             if launcher.poll() is None:
                 _end_and_check(server)
@@ -66,19 +71,20 @@ def running_server(
             _kill_what_is_left(launcher)
 
 
-def _when_ready(launcher: subprocess.Popen[bytes], log_path: Path) -> LiveServer:
+def _when_ready(launcher: subprocess.Popen[bytes], log_path: Path, timeout: float) -> LiveServer:
     assert launcher.stdout is not None
-    deadline = time.monotonic() + START_TIMEOUT
+    deadline = time.monotonic() + timeout
     said = b""
     with selectors.DefaultSelector() as selector:
         selector.register(launcher.stdout, selectors.EVENT_READ)
         while len(_PID.findall(said)) < len(PROCESSES):
             if not selector.select(max(0.0, deadline - time.monotonic())):
-                raise RuntimeError(f"not ready within {START_TIMEOUT} s:\n{log_path.read_text(errors='replace')}")
+                log = log_path.read_text(errors="replace")
+                raise BenchError(f"the server was not ready within {timeout:g} s:\n{log}")
             chunk = os.read(launcher.stdout.fileno(), 1 << 16)
             if not chunk:
                 code = launcher.wait(END_TIMEOUT)
-                raise RuntimeError(f"ended with exit code {code}:\n{log_path.read_text(errors='replace')}")
+                raise BenchError(f"the server ended with exit code {code}:\n{log_path.read_text(errors='replace')}")
             said += chunk
     url = _URL.search(said)
     assert url is not None, said
@@ -90,9 +96,11 @@ def _when_ready(launcher: subprocess.Popen[bytes], log_path: Path) -> LiveServer
 def _end_and_check(server: LiveServer) -> None:
     server.launcher.send_signal(signal.SIGTERM)
     code = server.launcher.wait(END_TIMEOUT)
-    assert code == 0, f"exit code {code}:\n{server.log()}"
+    if code:
+        raise BenchError(f"the server ended with exit code {code} on SIGTERM:\n{server.log()}")
     left = {title: pid for title, pid in server.pids.items() if psutil.pid_exists(pid)}
-    assert not left, f"still running: {left}\n{server.log()}"
+    if left:
+        raise BenchError(f"processes of the server still run after its end: {left}\n{server.log()}")
 
 
 def _kill_what_is_left(launcher: subprocess.Popen[bytes]) -> None:

@@ -1,0 +1,29 @@
+"""A random checkpoint has the tensors that its config asks for, and a tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.checkpoints.load_weights import load_weights, open_weights
+from engine.checkpoints.locate import locate
+from engine.checkpoints.read_config import read_model_config
+from engine.checkpoints.tokenizer import decode, encode, load_tokenizer
+from engine.kernels import reference
+from engine.models.registry import build_model
+from scripts.random_checkpoint import SHAPES, write_checkpoint
+
+
+@pytest.mark.parametrize("shape", sorted(SHAPES))
+def test_a_checkpoint_of_each_shape_loads(shape: str, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, {**SHAPES[shape], "num_hidden_layers": 2, "vocab_size": 600}, seed=1)
+    source = locate(str(tmp_path))
+    config = read_model_config(source)
+    model = build_model(config, dtype=torch.bfloat16, device="cpu", ops=reference)
+    load_weights(open_weights(source, config), model.places, ignore=model.ignored)
+    assert config.tie_embeddings and config.dtype == "bfloat16"
+    assert model.places["model.layers.1.mlp.down_proj.weight"].std() > 0.01
+    tokenizer = load_tokenizer(source)
+    assert decode(tokenizer, encode(tokenizer, "Straße 7")) == "Straße 7"
