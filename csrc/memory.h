@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 
 #include <cstddef>
+#include <cstring>
 #include <new>
 #include <utility>
 
@@ -19,6 +20,12 @@ class Memory {
         if (bytes == 0) {
             return;
         }
+#ifdef __SANITIZE_ADDRESS__
+        // The sanitizer watches the bounds of what the allocator gave, not those of mappings.
+        data_ = base_ = static_cast<char *>(::operator new(bytes, ALIGNMENT));
+        std::memset(data_, 0, bytes);
+        return;
+#endif
         mapped_ = bytes < HUGE_PAGE ? bytes : bytes + HUGE_PAGE;
         void *address = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (address == MAP_FAILED) {
@@ -44,6 +51,10 @@ class Memory {
     Memory &operator=(const Memory &) = delete;
 
     ~Memory() {
+#ifdef __SANITIZE_ADDRESS__
+        ::operator delete(base_, ALIGNMENT);
+        return;
+#endif
         if (base_ != nullptr) {
             munmap(base_, mapped_);
         }
@@ -57,6 +68,7 @@ class Memory {
 
   private:
     static constexpr std::size_t HUGE_PAGE = std::size_t{1} << 21;
+    [[maybe_unused]] static constexpr std::align_val_t ALIGNMENT{64};
 
     void swap(Memory &other) noexcept {
         std::swap(base_, other.base_);
