@@ -61,8 +61,8 @@ void accumulate(const Kernels &kernels, float *total, SoftmaxState &state, const
         return;
     }
     const float largest = std::max(state.largest, block.largest);
-    const float old_weight = kernels.exp_of(state.largest - largest);
-    const float new_weight = kernels.exp_of(block.largest - largest);
+    const float old_weight = kernels.exp2_of(state.largest - largest);
+    const float new_weight = kernels.exp2_of(block.largest - largest);
     kernels.blend(total, old_weight, part, new_weight, depth);
     state = {largest, state.sum * old_weight + block.sum * new_weight};
 }
@@ -121,15 +121,23 @@ void attend(const Attention &attention, const Kernels &kernels, const AttentionL
         const int count = std::min(KEY_BLOCK, item.keys - start);
         const int padded = static_cast<int>(round_up(count, PANEL));
         const std::int64_t *slots = item.slots + start;
-        const int ahead = block + 1 < item.last_block ? std::min(KEY_BLOCK, item.keys - start - KEY_BLOCK) : 0;
-        kernels.pack_keys(keys, slots, count, slots + KEY_BLOCK, ahead, attention.head_dim, type, work.keys,
-                          work.converted);
-        for (int panel = 0; panel < padded; panel += PANEL) {
-            multiply(work.queries, depth, rows, work.keys + panel * depth * size, depth, work.scores + panel, KEY_BLOCK,
-                     false);
+        // While the keys are read their values are fetched, and while these are read the next block's keys.
+        const Ahead own_values{values, slots, count};
+        const Ahead next_keys{keys, slots + KEY_BLOCK,
+                              block + 1 < item.last_block ? std::min(KEY_BLOCK, item.keys - start - KEY_BLOCK) : 0};
+        FewRows few{work.queries,       rows,        static_cast<int>(depth * size / 4), slots, count, own_values,
+                    attention.head_dim, work.scores, KEY_BLOCK};
+        const Few directly = kernels.few[static_cast<int>(type)];
+        const bool unpacked = directly != nullptr && directly(few, keys, true);
+        if (!unpacked) {
+            kernels.pack_keys(keys, slots, count, own_values, attention.head_dim, type, work.keys, work.converted);
+            for (int panel = 0; panel < padded; panel += PANEL) {
+                multiply(work.queries, depth, rows, work.keys + panel * depth * size, depth, work.scores + panel,
+                         KEY_BLOCK, false);
+            }
+            kernels.pack_values(values, slots, count, next_keys, attention.head_dim, type, work.values,
+                                work.converted);
         }
-        kernels.pack_values(values, slots, count, slots + KEY_BLOCK, ahead, attention.head_dim, type, work.values,
-                            work.converted);
         SoftmaxState found[ATTENTION_ROWS];
         for (int first = 0; first < rows; first += ATTENTION_ROWS) {
             const int some = std::min(ATTENTION_ROWS, rows - first);
@@ -142,7 +150,15 @@ void attend(const Attention &attention, const Kernels &kernels, const AttentionL
                 found[r] = kernels.softmax(work.scores + at, attention.scale, {low, high, padded},
                                            work.probabilities + at * size, type);
             }
-            for (int channel = 0; channel < depth; channel += PANEL) {
+            if (unpacked) {
+                few.rows = work.probabilities;
+                few.row_words = static_cast<int>(KEY_BLOCK * size / 4);
+                few.out = work.part;
+                few.out_stride = depth;
+                few.ahead = next_keys;
+                directly(few, values, false);
+            }
+            for (int channel = 0; channel < depth && !unpacked; channel += PANEL) {
                 multiply(work.probabilities + static_cast<std::ptrdiff_t>(first) * KEY_BLOCK * size, KEY_BLOCK, some,
                          work.values + static_cast<std::ptrdiff_t>(channel) * padded * size, padded,
                          work.part + static_cast<std::ptrdiff_t>(first) * depth + channel, depth, false);

@@ -13,7 +13,7 @@ struct Attention {
     const Buffer *queries;  // [tokens, heads * depth]: each head padded to depth channels
     LayerPool pool;
     Buffer *out;  // [tokens, heads * head_dim]
-    float scale;
+    float scale;  // of scores, log2(e) included
     int heads;
     int kv_heads;
     int head_dim;

@@ -53,6 +53,8 @@ void check_rows(const Matrix &matrix, int start, const Rows &rows) {
     }
 }
 
+constexpr float LOG2_E = 1.44269504088896341F;
+
 const float *floats_at(std::uintptr_t address) { return reinterpret_cast<const float *>(address); }
 
 LayerPool pool_of(std::uintptr_t keys, std::uintptr_t values, int dtype, std::ptrdiff_t slot_stride,
@@ -81,7 +83,7 @@ void add_attention(Plan &plan, int queries, std::uintptr_t keys, std::uintptr_t 
                    int kv_heads, int head_dim, int window) {
     const int layout = plan.layout_of(window, heads / kv_heads, kv_heads);
     const Attention attention{&plan.buffer(queries), pool_of(keys, values, dtype, slot_stride, head_stride),
-                              &plan.buffer(out), scale, heads, kv_heads, head_dim, window, layout};
+                              &plan.buffer(out), scale * LOG2_E, heads, kv_heads, head_dim, window, layout};
     plan.add(Attend{attention});
     plan.add(Merge{attention});
 }

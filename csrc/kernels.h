@@ -24,7 +24,8 @@ struct Visible {
     int padded;
 };
 
-// What the online softmax knows after a block: the largest score and the sum of exp(score - largest); 0: no key seen.
+// What the online softmax knows after a block: the largest score, in powers of two (score * scale * log2(e)), and the sum
+// of 2^(score - largest); 0: no key seen.
 struct SoftmaxState {
     float largest;
     float sum;
@@ -37,9 +38,35 @@ struct HeadRows {
     Dtype type;
 };
 
+// Rows of the pool that are wanted soon: those of `count` slots.
+struct Ahead {
+    HeadRows rows;
+    const std::int64_t *slots;
+    int count;
+};
+
+// Few rows of x (queries, or probabilities of keys) against `count` rows of the pool. row_words: 32-bit words from one
+// row of x to the next; out_stride in floats.
+struct FewRows {
+    const void *rows;
+    int row_count;
+    int row_words;
+    const std::int64_t *slots;
+    int count;
+    Ahead ahead;
+    int head_dim;
+    float *out;
+    std::ptrdiff_t out_stride;
+};
+
+// Scores of queries and keys, or (scores = false) sums of values weighted by probabilities, without packing the pool's
+// rows and with the same bits as over packed ones. False, and nothing done, where they must be packed.
+using Few = bool (*)(const FewRows &few, HeadRows rows, bool scores);
+
 struct Kernels {
     const char *name;
     Multiply multiply[3];  // by the Dtype of the weights
+    Few few[3];            // by the Dtype of rows and pool; null: always pack
 
     // out = x / sqrt(mean(x^2) + eps) * weight; x, weight: `padded` floats, of which `width` count.
     void (*rms_norm)(const float *x, const float *weight, float eps, int width, int padded, void *out, Dtype type);
@@ -62,20 +89,20 @@ struct Kernels {
     void (*widen)(const void *x, Dtype type, float *out, int n);
 
     // Keys of `count` slots as panels of 32 keys, [ceil(count / 32)] panels for x of type `type` and depth `depth`
-    // (head_dim padded to 32); what is not there is zero. `next`: slots whose rows to prefetch meanwhile (or null).
-    void (*pack_keys)(HeadRows rows, const std::int64_t *slots, int count, const std::int64_t *next, int next_count,
-                      int head_dim, Dtype type, void *out, float *scratch);
+    // (head_dim padded to 32); what is not there is zero. `ahead` is prefetched meanwhile.
+    void (*pack_keys)(HeadRows rows, const std::int64_t *slots, int count, const Ahead &ahead, int head_dim, Dtype type,
+                      void *out, float *scratch);
 
     // Values of `count` slots as panels of 32 channels and depth count (padded to 32).
-    void (*pack_values)(HeadRows rows, const std::int64_t *slots, int count, const std::int64_t *next, int next_count,
-                        int head_dim, Dtype type, void *out, float *scratch);
+    void (*pack_values)(HeadRows rows, const std::int64_t *slots, int count, const Ahead &ahead, int head_dim,
+                        Dtype type, void *out, float *scratch);
 
-    // probabilities = exp(score * scale - largest) of the visible keys, 0 of the others (`padded` in all).
+    // probabilities = 2^(score * scale - largest) of the visible keys, 0 of the others (`padded` in all).
     SoftmaxState (*softmax)(const float *scores, float scale, Visible visible, void *probabilities, Dtype type);
 
     // total = total * a + part * b; n a multiple of 32.
     void (*blend)(float *total, float a, const float *part, float b, int n);
-    float (*exp_of)(float x);
+    float (*exp2_of)(float x);
 
     // Of row[n]: the largest value (NaN where there is one), at the lowest index.
     struct Peak {

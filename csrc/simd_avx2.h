@@ -19,8 +19,9 @@ inline Vec fused_negative(Vec a, Vec b, Vec c) { return _mm256_fnmadd_ps(a, b, c
 inline Vec larger(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 inline Vec smaller(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 inline Vec nearest(Vec a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-// Exponents in [-126, 127].
+// Exponents up to 127; below -126 the result is 0.
 inline Vec times_power_of_two(Vec a, Vec exponent) {
+    exponent = _mm256_max_ps(_mm256_set1_ps(-127.0F), exponent);
     const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(exponent), _mm256_set1_epi32(127));
     return _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23)));
 }
