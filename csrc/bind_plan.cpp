@@ -12,6 +12,7 @@
 #include "isa.h"
 #include "matrix.h"
 #include "plan.h"
+#include "roofline.h"
 
 namespace nb = nanobind;
 
@@ -204,6 +205,13 @@ void bind_plan(nb::module_ &module) {
     nb::class_<Team>(module, "Team", "Threads; see csrc/team.h")
         .def(nb::init<int, std::vector<int>>(), nb::arg("threads"), nb::arg("cpus"))
         .def_prop_ro("threads", &Team::threads);
+    module.def("read_rate", &read_rate, nb::arg("team"), nb::arg("bytes"), "Bytes per second that the team reads.");
+    module.def(
+        "product_rate",
+        [](Team &team, const std::string &isa, int dtype) {
+            return product_rate(team, kernels_of(isa), dtype_of(dtype));
+        },
+        nb::arg("team"), nb::arg("isa"), nb::arg("dtype"), "FLOP per second of products from the first-level cache.");
     nb::class_<Plan>(module, "Plan", "A recorded step; see csrc/plan.h")
         .def(
             "__init__",
