@@ -37,6 +37,6 @@ void attend(const Attention &attention, const Kernels &kernels, const AttentionL
 
 // Put together the records of one token and key head.
 void merge(const Attention &attention, const Kernels &kernels, const AttentionLayout &layout, int chunk,
-           float *records);
+           float *records, char *scratch);
 
 }  // namespace tokenmill

@@ -31,6 +31,15 @@ struct SoftmaxState {
     float sum;
 };
 
+// The same of many rows.
+struct SoftmaxColumns {
+    float *largest;
+    float *sum;
+};
+
+// The largest score where no key was seen: 2^(this - anything) is 0.
+constexpr float NO_SCORE = -3.0e38F;
+
 // Rows of a KV pool: one head of one layer. slot_stride in bytes.
 struct HeadRows {
     const char *base;
@@ -100,9 +109,12 @@ struct Kernels {
     // probabilities = 2^(score * scale - largest) of the visible keys, 0 of the others (`padded` in all).
     SoftmaxState (*softmax)(const float *scores, float scale, Visible visible, void *probabilities, Dtype type);
 
+    // Put what is known of n rows and what a block has found together: `known` becomes that of both, and the weighted
+    // values of both are to be multiplied by old_weights and new_weights. n may be any number.
+    void (*combine)(SoftmaxColumns known, SoftmaxColumns found, int n, float *old_weights, float *new_weights);
+
     // total = total * a + part * b; n a multiple of 32.
     void (*blend)(float *total, float a, const float *part, float b, int n);
-    float (*exp2_of)(float x);
 
     // Of row[n]: the largest value (NaN where there is one), at the lowest index.
     struct Peak {

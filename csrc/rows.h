@@ -30,12 +30,6 @@ inline Vec exponential2(Vec x) {
     return times_power_of_two(p, n);
 }
 
-inline float exp2_of(float x) {
-    float out[LANES];
-    store(out, exponential2(fill(x)));
-    return out[0];
-}
-
 inline void narrow_vec(Vec v, void *out, int i, Dtype type) {
     switch (type) {
         case Dtype::f32: store(static_cast<float *>(out) + i, v); break;
@@ -224,7 +218,7 @@ inline void pack_values(HeadRows rows, const std::int64_t *slots, int count, con
 
 inline SoftmaxState softmax(const float *scores, float scale, Visible visible, void *probabilities, Dtype type) {
     // Vectors [begin, whole) and [rest, end) are seen in part, those in between wholly.
-    const Vec nothing = fill(-3.0e38F);
+    const Vec nothing = fill(NO_SCORE);
     const int begin = visible.low / LANES * LANES;
     const int whole = (visible.low + LANES - 1) / LANES * LANES;
     const int rest = visible.high / LANES * LANES;
@@ -234,7 +228,7 @@ inline SoftmaxState softmax(const float *scores, float scale, Visible visible, v
         const bool partly = i < whole || i >= rest;
         most = larger(most, partly ? select(inside(i, visible.low, visible.high), score, nothing) : score);
     }
-    const float largest = largest_of(most) * scale;
+    const float largest = visible.low < visible.high ? largest_of(most) * scale : NO_SCORE;
     const Vec scales = fill(scale);
     const Vec offset = fill(-largest);
     Vec sum = zero();
@@ -253,6 +247,22 @@ inline SoftmaxState softmax(const float *scores, float scale, Visible visible, v
         narrow_vec(zero(), probabilities, i, type);
     }
     return {largest, sum_of(sum)};
+}
+
+inline void combine(SoftmaxColumns known, SoftmaxColumns found, int n, float *old_weights, float *new_weights) {
+    for (int i = 0; i < n; i += LANES) {
+        const int count = n - i;
+        const Vec before = load_first(known.largest + i, count);
+        const Vec block = load_first(found.largest + i, count);
+        const Vec largest = larger(before, block);
+        const Vec old_weight = exponential2(subtract(before, largest));
+        const Vec new_weight = exponential2(subtract(block, largest));
+        const Vec sum = multiply(load_first(known.sum + i, count), old_weight);
+        store_first(known.sum + i, fused(load_first(found.sum + i, count), new_weight, sum), count);
+        store_first(known.largest + i, largest, count);
+        store_first(old_weights + i, old_weight, count);
+        store_first(new_weights + i, new_weight, count);
+    }
 }
 
 inline void blend(float *total, float a, const float *part, float b, int n) {
@@ -313,8 +323,8 @@ inline Kernels table_of(const char *name, Multiply bf16_product, Few few_floats,
         .pack_keys = &pack_keys,
         .pack_values = &pack_values,
         .softmax = &softmax,
+        .combine = &combine,
         .blend = &blend,
-        .exp2_of = &exp2_of,
         .peak = &peak,
         .sum_exp = &sum_exp,
         .weigh = &weigh,
