@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from backends import ISAS, backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulation import admit
 
-from engine.kernels.choice import open_backend
-from engine.kernels.eager import EagerBackend
 from engine.kernels.reference_sampling import best_ids
 from engine.kernels.table import Backend
 from engine.wire.results import FLOAT32_MIN, TokenLogprobs
@@ -23,9 +22,8 @@ from scheduler_proc.request import Request, new_request
 from scheduler_proc.sampler import adjust, output_logprobs, sample
 
 LOGITS = st.lists(st.integers(-20, 20).map(lambda n: n / 2), min_size=1, max_size=40)
-# The backend that serves here, and the one that serves where no kernels are compiled.
-BACKENDS = [EagerBackend(), open_backend("auto", 2)]
-EACH_BACKEND = pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+BACKENDS = [backend("reference"), *(backend(isa) for isa in ISAS[:1])]
+EACH_BACKEND = pytest.mark.parametrize("ops", BACKENDS, ids=lambda ops: ops.name)
 PARAMETERS = st.fixed_dictionaries(
     {
         "temperature": st.sampled_from([0.3, 1.0, 2.5]),
@@ -36,10 +34,10 @@ PARAMETERS = st.fixed_dictionaries(
 )
 
 
-def draw(backend: Backend, row: torch.Tensor, sampling: Sampling, draws: list[float]) -> list[int]:
-    """The ids that `backend` draws from one row of logits [V], for each of `draws` in [0, 1)."""
+def draw(ops: Backend, row: torch.Tensor, sampling: Sampling, draws: list[float]) -> list[int]:
+    """The ids that `ops` draws from one row of logits [V], for each of `draws` in [0, 1)."""
     count = len(draws)
-    return backend.draw(
+    return ops.draw(
         row[None],
         np.zeros(count, np.int64),
         np.full(count, sampling.temperature),
@@ -73,30 +71,30 @@ def naive_distribution(logits: list[float], parameters: Sampling) -> dict[int, f
 @settings(max_examples=80, deadline=None)
 @given(LOGITS, PARAMETERS)
 def test_draws_follow_the_filtered_distribution(
-    backend: Backend, logits: list[float], parameters: dict[str, float]
+    ops: Backend, logits: list[float], parameters: dict[str, float]
 ) -> None:
     sampling = Sampling(**parameters)  # type: ignore[arg-type]
     expected = naive_distribution(logits, sampling)
     row = torch.tensor(logits, dtype=torch.float32)
     steps = 200
-    drawn = draw(backend, row, sampling, [(i + 0.5) / steps for i in range(steps)])
+    drawn = draw(ops, row, sampling, [(i + 0.5) / steps for i in range(steps)])
     for token in set(drawn) | set(expected):
         assert drawn.count(token) / steps == pytest.approx(expected.get(token, 0.0), abs=2.5 / steps)
 
 
 @EACH_BACKEND
-def test_the_whole_unit_interval_is_safe(backend: Backend) -> None:
+def test_the_whole_unit_interval_is_safe(ops: Backend) -> None:
     row = torch.full((100,), -torch.inf)
     row[3] = row[50] = 0.0
     draws = [0.0, 0.49999, 0.5, float(np.nextafter(1.0, 0.0))]
-    assert draw(backend, row, Sampling(), draws) == [3, 3, 50, 50]
-    assert draw(backend, row, Sampling(top_p=0.99), draws) == [3, 3, 50, 50]
+    assert draw(ops, row, Sampling(), draws) == [3, 3, 50, 50]
+    assert draw(ops, row, Sampling(top_p=0.99), draws) == [3, 3, 50, 50]
 
 
 @EACH_BACKEND
-def test_a_nucleus_wider_than_the_first_guess(backend: Backend) -> None:
+def test_a_nucleus_wider_than_the_first_guess(ops: Backend) -> None:
     row = torch.zeros(1024)
-    drawn = set(draw(backend, row, Sampling(top_p=0.5), [(i + 0.5) / 1024 for i in range(1024)]))
+    drawn = set(draw(ops, row, Sampling(top_p=0.5), [(i + 0.5) / 1024 for i in range(1024)]))
     assert drawn == set(range(513))
 
 
@@ -166,7 +164,7 @@ def test_resumed_output_counts_for_the_penalties() -> None:
 @EACH_BACKEND
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**32), st.integers(0, 2**63 - 1))
-def test_a_row_is_sampled_alike_in_any_company(backend: Backend, noise: int, seed: int) -> None:
+def test_a_row_is_sampled_alike_in_any_company(ops: Backend, noise: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(noise)
     logits = torch.randn(7, 100, generator=generator) * 3
     requests = [
@@ -180,45 +178,43 @@ def test_a_row_is_sampled_alike_in_any_company(backend: Backend, noise: int, see
         )
         for i in range(7)
     ]
-    together = sample(backend, logits.clone(), requests, [0], original_logprobs=False)
+    together = sample(ops, logits.clone(), requests, [0], original_logprobs=False)
     for i, request in enumerate(requests):
-        (alone,) = sample(backend, logits[i : i + 1].clone(), [request], [0], original_logprobs=False)
+        (alone,) = sample(ops, logits[i : i + 1].clone(), [request], [0], original_logprobs=False)
         assert alone == together[i]
 
 
 @EACH_BACKEND
-def test_negative_seeds_and_positions_change_the_draw(backend: Backend) -> None:
+def test_negative_seeds_and_positions_change_the_draw(ops: Backend) -> None:
     logits = torch.zeros(1, 1000)
     tokens = set()
     for seed in (-(2**63), -1, 0, 1, 2**63 - 1):
         for output in ([], [1]):
             request = _request(output, seed=seed, temperature=1.0)
-            tokens.add(sample(backend, logits.clone(), [request], [], original_logprobs=False)[0].token)
+            tokens.add(sample(ops, logits.clone(), [request], [], original_logprobs=False)[0].token)
     assert len(tokens) > 8
 
 
 @EACH_BACKEND
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_rows_that_are_not_finite_have_no_token(backend: Backend, temperature: float) -> None:
+def test_rows_that_are_not_finite_have_no_token(ops: Backend, temperature: float) -> None:
     logits = torch.zeros(4, 4)
     logits[0, 2] = torch.nan
     logits[1] = -torch.inf
     logits[2, 3] = torch.inf
     logits[3, 1:] = -torch.inf
     requests = [_request([], temperature=temperature, logprobs=LogprobOptions(top=1)) for _ in range(4)]
-    rows = sample(backend, logits, requests, [], original_logprobs=False)
+    rows = sample(ops, logits, requests, [], original_logprobs=False)
     assert [row.token for row in rows] == [None, None, None, 0]
     assert [row.logprobs is None for row in rows] == [True, True, True, False]
 
 
 @pytest.mark.parametrize(("temperature", "original", "scale"), [(0.0, False, 1.0), (0.5, False, 0.5), (0.5, True, 1.0)])
 @EACH_BACKEND
-def test_logprobs_before_or_after_temperature(
-    backend: Backend, temperature: float, original: bool, scale: float
-) -> None:
+def test_logprobs_before_or_after_temperature(ops: Backend, temperature: float, original: bool, scale: float) -> None:
     logits = torch.tensor([[0.0, 2.0, -1.0]])
     request = _request([], temperature=temperature, logprobs=LogprobOptions(top=5, ids=[2, 2]))
-    (row,) = sample(backend, logits.clone(), [request], [], original_logprobs=original)
+    (row,) = sample(ops, logits.clone(), [request], [], original_logprobs=original)
     expected = torch.log_softmax(logits[0] / scale, dim=-1).tolist()
     assert row.token is not None and row.logprobs is not None and row.logprobs.top is not None
     assert row.logprobs.logprob == pytest.approx(expected[row.token])
@@ -227,13 +223,13 @@ def test_logprobs_before_or_after_temperature(
 
 
 @EACH_BACKEND
-def test_prompt_logprobs_come_from_raw_logits(backend: Backend) -> None:
+def test_prompt_logprobs_come_from_raw_logits(ops: Backend) -> None:
     request = new_request(
         admit(1, [3, 1, 2, 0], new=4, temperature=0.3, logprobs=LogprobOptions(start=0, top=2, ids=[2])), 1, 99
     )
     logits = torch.tensor([[0.0, 1.0, 2.0, 3.0], [1.0, 1.0, -torch.inf, 0.0], [4.0, 0.0, 0.0, 0.0]])
-    record(backend, request, 0, logits[:2])
-    record(backend, request, 2, logits[2:])
+    record(ops, request, 0, logits[:2])
+    record(ops, request, 2, logits[2:])
     expected = torch.log_softmax(logits.double(), dim=-1)
     entries = request.prompt_logprobs
     assert entries is not None and entries.top is not None and entries.ids is not None
@@ -250,9 +246,9 @@ def test_prompt_logprobs_come_from_raw_logits(backend: Backend) -> None:
 
 
 @EACH_BACKEND
-def test_logprobs_of_an_output_position(backend: Backend) -> None:
+def test_logprobs_of_an_output_position(ops: Backend) -> None:
     def of_row(token: int, temperature: float, wanted: LogprobOptions) -> TokenLogprobs:
-        return output_logprobs(backend, row[None], [0], [token], [temperature], [wanted])[0]
+        return output_logprobs(ops, row[None], [0], [token], [temperature], [wanted])[0]
 
     row = torch.tensor([0.0, 2.0, 2.0, -torch.inf])
     expected = torch.log_softmax(row / 0.5, dim=-1).tolist()
@@ -276,12 +272,12 @@ def test_logprobs_of_an_output_position(backend: Backend) -> None:
         {"logit_bias": {"0": -1e308, "1": -1e308}, "min_new_tokens": 4, "stop_token_ids": [7]},
     ],
 )
-def test_extremes_neither_overflow_nor_fail(backend: Backend, temperature: float, parameters: dict[str, Any]) -> None:
+def test_extremes_neither_overflow_nor_fail(ops: Backend, temperature: float, parameters: dict[str, Any]) -> None:
     wanted = LogprobOptions(top=3)
     request = new_request(
         admit(1, [1, 3], earlier=[2], logprobs=wanted, **{"temperature": temperature, **parameters}), 1, 9
     )
-    (row,) = sample(backend, torch.tensor([[0.5, 1.0, 0.0]]), [request], [9, -4], original_logprobs=False)
+    (row,) = sample(ops, torch.tensor([[0.5, 1.0, 0.0]]), [request], [9, -4], original_logprobs=False)
     assert row.token == 2 or (temperature == 1e308 and row.token is not None)
     assert row.logprobs is not None and row.logprobs.top is not None
     assert all(FLOAT32_MIN <= logprob <= 0 for logprob, _ in row.logprobs.top)

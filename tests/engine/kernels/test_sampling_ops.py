@@ -4,35 +4,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import product
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from backends import BFLOAT16_ISAS, backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from engine.kernels.eager import EagerBackend
 from engine.kernels.table import Backend, Logprobs
 
-try:
-    from engine.kernels import _cpu
-    from engine.kernels.cpu import open_cpu_backend
-
-    USABLE = _cpu.usable_isas()
-    ISAS = [*USABLE, *(["amx-emulated"] if "avx512bf16" in USABLE else [])]
-except ImportError:
-    ISAS = []
-
-REFERENCE = EagerBackend()
 LARGEST = float(np.finfo(np.float32).max)
 NEAR = 1e-6
 """How close to a boundary a uniform may be before another id is as good."""
 
-EACH_ISA = pytest.mark.parametrize("isa", ISAS)
+EACH_ISA = pytest.mark.parametrize("isa", BFLOAT16_ISAS)
 WIDTHS = st.one_of(st.integers(1, 70), st.integers(71, 5000))
 TEMPERATURES = st.sampled_from([1e-6, 1e-3, 0.3, 0.8, 1.0, 1.7, 50.0, 1e30, 1e308])
 TOP_KS = st.sampled_from([-1, 1, 2, 5, 50, 255, 256, 257, 1000, 2048, 3000, 10**9])
@@ -43,14 +32,8 @@ UNIFORMS = st.one_of(
 )
 
 
-@cache
-def backend_of(isa: str, threads: int = 2) -> Backend:
-    return open_cpu_backend(isa, [], threads)
-
-
-@cache
 def backends() -> list[Backend]:
-    return [REFERENCE, *(backend_of(isa) for isa in ISAS)]
+    return [backend(name) for name in ("reference", *BFLOAT16_ISAS)]
 
 
 def rows_of(seed: int, count: int, width: int, kind: str, gap: int = 0) -> torch.Tensor:
@@ -106,8 +89,8 @@ class Draws:
         self.min_ps.append(rest.get("min_p", 0.0))
         self.uniforms.append(uniform)
 
-    def of(self, backend: Backend, logits: torch.Tensor) -> list[int]:
-        return backend.draw(
+    def of(self, ops: Backend, logits: torch.Tensor) -> list[int]:
+        return ops.draw(
             logits,
             np.array(self.rows, np.int64),
             np.array(self.temperatures, np.float64),
@@ -159,8 +142,8 @@ def check_draw(logits: NDArray[np.float32], draws: Draws, index: int, drawn: int
     raise AssertionError(f"{drawn} is not the id at {draws.uniforms[index]}")
 
 
-def check_all(backend: Backend, logits: torch.Tensor, draws: Draws) -> None:
-    for index, drawn in enumerate(draws.of(backend, logits)):
+def check_all(ops: Backend, logits: torch.Tensor, draws: Draws) -> None:
+    for index, drawn in enumerate(draws.of(ops, logits)):
         check_draw(logits[draws.rows[index]].numpy(), draws, index, drawn)
 
 
@@ -168,10 +151,10 @@ def check_all(backend: Backend, logits: torch.Tensor, draws: Draws) -> None:
 @given(LOGITS)
 def test_the_best_of_each_row(logits: torch.Tensor) -> None:
     expected = [min(range(len(row)), key=lambda t: (-row[t], t)) for row in logits.tolist()]
-    for backend in backends():
-        ids, peaks = backend.best(logits)
+    for ops in backends():
+        ids, peaks = ops.best(logits)
         assert (ids.dtype, peaks.dtype) == (np.int64, np.float32)
-        assert ids.tolist() == expected, backend.name
+        assert ids.tolist() == expected, ops.name
         assert peaks.tolist() == [logits[row, token].item() for row, token in enumerate(expected)]
 
 
@@ -184,31 +167,31 @@ def test_a_nan_or_an_infinity_anywhere_is_seen(width: int) -> None:
     draws = Draws()
     for row in range(len(places)):
         draws.add(row, 0.7, top_p=0.9)
-    for backend in backends():
-        ids, peaks = backend.best(logits)
-        assert np.isnan(peaks).all() and not ids.any(), backend.name
-        assert draws.of(backend, logits) == [0] * len(places)
-        found = logprobs(backend, logits, tops=[min(3, width)] * len(places), ids=[[0]] * len(places))
+    for ops in backends():
+        ids, peaks = ops.best(logits)
+        assert np.isnan(peaks).all() and not ids.any(), ops.name
+        assert draws.of(ops, logits) == [0] * len(places)
+        found = logprobs(ops, logits, tops=[min(3, width)] * len(places), ids=[[0]] * len(places))
         assert np.isnan(np.concatenate([found.tokens, found.tops, found.ids])).all()
         assert found.top_ids.tolist() == list(range(min(3, width))) * len(places)
     for infinity in (torch.inf, -torch.inf):
         logits[:] = -torch.inf
         for row, place in enumerate(places):
             logits[row, place] = infinity
-        for backend in backends():
-            ids, peaks = backend.best(logits)
-            assert ids.tolist() == (places if infinity > 0 else [0] * len(places)), backend.name
+        for ops in backends():
+            ids, peaks = ops.best(logits)
+            assert ids.tolist() == (places if infinity > 0 else [0] * len(places)), ops.name
             assert peaks.tolist() == [infinity] * len(places)
-            assert draws.of(backend, logits) == ids.tolist()
-            assert np.isnan(logprobs(backend, logits, tops=[1] * len(places)).tops).all()
+            assert draws.of(ops, logits) == ids.tolist()
+            assert np.isnan(logprobs(ops, logits, tops=[1] * len(places)).tops).all()
 
 
 @settings(max_examples=250, deadline=None)
 @given(st.data(), LOGITS)
 def test_draws_are_where_the_distribution_says(data: st.DataObject, logits: torch.Tensor) -> None:
     draws = data.draw(some_draws(len(logits)))
-    for backend in backends():
-        check_all(backend, logits, draws)
+    for ops in backends():
+        check_all(ops, logits, draws)
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 4.0])
@@ -218,8 +201,8 @@ def test_draws_from_a_large_vocabulary(scale: float) -> None:
     draws = Draws()
     for row, top_k, top_p in product(range(2), (-1, 40, 5000, 100_000), (1.0, 0.9, 0.3)):
         draws.add(row, (0.0, 0.61)[row], 0.8, top_k, top_p=top_p, min_p=0.0 if top_k != 40 else 0.1)
-    for backend in backends():
-        check_all(backend, logits, draws)
+    for ops in backends():
+        check_all(ops, logits, draws)
 
 
 @EACH_ISA
@@ -232,7 +215,7 @@ def test_draws_are_as_frequent_as_they_should_be(isa: str) -> None:
     weights = torch.softmax(logits[0].double() / 1.3, dim=-1)
     weights[weights < 0.01 * weights.max()] = 0
     expected = (weights / weights.sum() * count).numpy()
-    found = np.bincount(draws.of(backend_of(isa), logits), minlength=60)
+    found = np.bincount(draws.of(backend(isa), logits), minlength=60)
     assert not found[expected == 0].any()
     kept = expected > 0
     chi_square = ((found[kept] - expected[kept]) ** 2 / expected[kept]).sum()
@@ -241,7 +224,7 @@ def test_draws_are_as_frequent_as_they_should_be(isa: str) -> None:
 
 
 def logprobs(
-    backend: Backend,
+    ops: Backend,
     logits: torch.Tensor,
     *,
     temperatures: list[float] | None = None,
@@ -253,7 +236,7 @@ def logprobs(
     rows = list(range(len(logits))) if rows is None else rows
     count = len(rows)
     ids = ids or [[]] * count
-    return backend.logprobs(
+    return ops.logprobs(
         logits,
         np.array(rows, np.int64),
         np.array(temperatures or [1.0] * count, np.float64),
@@ -286,15 +269,15 @@ def test_logprobs_are_those_of_a_log_softmax(data: st.DataObject, logits: torch.
             np.append(expected.tops, cooled[best]),
             np.append(expected.ids, cooled[ids]),
         )
-    for backend in backends():
-        found = logprobs(backend, logits, rows=rows, **column)
-        assert found.top_ids.tolist() == expected.top_ids.tolist(), backend.name
+    for ops in backends():
+        found = logprobs(ops, logits, rows=rows, **column)
+        assert found.top_ids.tolist() == expected.top_ids.tolist(), ops.name
         for name in ("tokens", "tops", "ids"):
             values = np.maximum(getattr(found, name).astype(np.float64), -2 * LARGEST)
             wanted = getattr(expected, name)
             assert getattr(found, name).dtype == np.float32
             close = np.isclose(values, wanted, rtol=2e-6, atol=2e-6)
-            assert (close | ((values < -LARGEST) & (wanted < -LARGEST * (1 - 1e-6)))).all(), backend.name
+            assert (close | ((values < -LARGEST) & (wanted < -LARGEST * (1 - 1e-6)))).all(), ops.name
 
 
 @EACH_ISA
@@ -308,42 +291,42 @@ def test_neither_threads_nor_company_change_a_bit(isa: str, data: st.DataObject,
     temperatures = [0.5 + row / 7 for row in range(count)]
     results = [
         (
-            [column.tobytes() for column in backend.best(logits)],
-            draws.of(backend, logits),
-            [column.tobytes() for column in logprobs(backend, logits, temperatures=temperatures, tops=tops)],
+            [column.tobytes() for column in ops.best(logits)],
+            draws.of(ops, logits),
+            [column.tobytes() for column in logprobs(ops, logits, temperatures=temperatures, tops=tops)],
         )
-        for backend in (backend_of(isa, 1), backend_of(isa, 2), backend_of(isa, 3))
+        for ops in (backend(isa, 1), backend(isa, 2), backend(isa, 3))
     ]
     assert results[0] == results[1] == results[2]
-    backend = backend_of(isa, 2)
-    ids, peaks = backend.best(logits)
-    found = logprobs(backend, logits, temperatures=temperatures, tops=tops)
+    ops = backend(isa, 2)
+    ids, peaks = ops.best(logits)
+    found = logprobs(ops, logits, temperatures=temperatures, tops=tops)
     starts = np.cumsum([0, *tops])
     for row in range(0, count, 5):
         alone = logits[row : row + 1].clone()
-        (token,), (peak,) = backend.best(alone)
+        (token,), (peak,) = ops.best(alone)
         assert (token, peak.tobytes()) == (ids[row], peaks[row].tobytes())
-        only = logprobs(backend, alone, temperatures=temperatures[row : row + 1], tops=tops[row : row + 1])
+        only = logprobs(ops, alone, temperatures=temperatures[row : row + 1], tops=tops[row : row + 1])
         assert only.tokens.tobytes() == found.tokens[row : row + 1].tobytes()
         assert only.top_ids.tolist() == found.top_ids[starts[row] : starts[row + 1]].tolist()
         assert only.tops.tobytes() == found.tops[starts[row] : starts[row + 1]].tobytes()
     for index, drawn in enumerate(results[0][1]):
-        assert draws.alone(index).of(backend, logits) == [drawn]
+        assert draws.alone(index).of(ops, logits) == [drawn]
 
 
 @EACH_ISA
 def test_wrong_arguments_are_refused(isa: str) -> None:
-    backend = backend_of(isa)
+    ops = backend(isa)
     logits = torch.zeros(2, 8)
     for row, top_k in ((2, 1), (-1, 1), (0, 0)):
         draws = Draws()
         draws.add(row, 0.5, top_k=top_k)
         with pytest.raises((IndexError, ValueError)):
-            draws.of(backend, logits)
+            draws.of(ops, logits)
     for wrong in ({"tokens": [0, 8]}, {"tops": [9, 0]}, {"tops": [-1, 1]}, {"ids": [[], [-1]]}, {"rows": [0, 2]}):
         with pytest.raises((IndexError, ValueError)):
-            logprobs(backend, logits, **wrong)  # type: ignore[arg-type]
+            logprobs(ops, logits, **wrong)  # type: ignore[arg-type]
     with pytest.raises((ValueError, TypeError)):
-        backend.best(torch.zeros(8, 2).T)
+        ops.best(torch.zeros(8, 2).T)
     with pytest.raises((ValueError, TypeError)):
-        backend.best(torch.zeros(2, 8, dtype=torch.float64))
+        ops.best(torch.zeros(2, 8, dtype=torch.float64))
