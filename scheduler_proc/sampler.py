@@ -57,14 +57,16 @@ def sample(
     if drawn:
         for row, token in zip(drawn, _draw(backend, logits, requests, drawn), strict=True):
             tokens[row] = token
+    scored = [
+        (row, token, request.admit.logprobs)
+        for row, (token, request) in enumerate(zip(tokens, requests, strict=True))
+        if token is not None and request.admit.logprobs is not None
+    ]
     rows = [SampledRow(token) for token in tokens]
-    scored = [row for row, request in enumerate(requests) if request.admit.logprobs and tokens[row] is not None]
     if scored:
-        chosen = [tokens[row] for row in scored]
-        temperatures = [1.0 if original_logprobs else _scale(requests[row]) for row in scored]
-        wanted = [requests[row].admit.logprobs for row in scored]
-        entries = output_logprobs(backend, logits, scored, chosen, temperatures, wanted)  # type: ignore[arg-type]
-        for row, entry in zip(scored, entries, strict=True):
+        at, chosen, wanted = zip(*scored, strict=True)
+        temperatures = [1.0 if original_logprobs else _scale(requests[row]) for row in at]
+        for row, entry in zip(at, output_logprobs(backend, logits, at, chosen, temperatures, wanted), strict=True):
             rows[row] = SampledRow(tokens[row], entry)
     return rows
 

@@ -208,13 +208,13 @@ class Backend(Protocol):
     ) -> Longs:
         """Draw an id from each of N rows: int64 [N]. The other arguments are columns [N].
 
-        With weights w = exp((z - max z) / temperature), float32, and sums of them in float64 and a fixed order:
-        top_k (at least 1; -1 for all) keeps that many of the largest z, the lower id first among equals; top_p in
-        (0, 1] keeps, of those in that order, the ones with no more than top_p of the sum of all w before them; min_p
-        in [0, 1] keeps those with w at least min_p. The id is the one in which `uniform` in [0, 1) of the sum of
-        what is kept falls, counted by ascending id where top_k and top_p keep all there can be (top_k at least V,
-        top_p 1), else in the order of ranks. An id of weight 0 is never drawn. Temperatures are above 0; those beyond
-        float32 are as its largest. A row whose largest is not finite gives the id of `best`.
+        With weights w = exp((z - max z) / temperature), float32 (0 where that underflows or z - max z overflows), and
+        sums of them in float64 and a fixed order: top_k (at least 1; -1 for all) keeps that many of the largest z, the
+        lower id first among equals; top_p in (0, 1] keeps, of those in that order, the ones with no more than top_p of
+        the sum of all w before them; min_p in [0, 1] keeps those with w at least min_p. The id is the one in which
+        `uniform` in [0, 1) of the sum of what is kept falls, counted by ascending id where top_k and top_p cannot cut
+        (top_k -1 or at least V, top_p 1), else in the order of ranks. An id of weight 0 is never drawn. Temperatures
+        are above 0; those beyond float32 are as its largest. A row whose largest is not finite gives the id of `best`.
         """
         ...
 
