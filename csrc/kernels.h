@@ -116,18 +116,26 @@ struct Kernels {
     // total = total * a + part * b; n a multiple of 32.
     void (*blend)(float *total, float a, const float *part, float b, int n);
 
-    // Of row[n]: the largest value (NaN where there is one), at the lowest index.
+    // Of row[n], n at least 1: the largest value and the lowest index that has it; NaN and 0 where there is a NaN.
     struct Peak {
         float value;
         int index;
     };
     Peak (*peak)(const float *row, int n);
 
-    // sum of exp((row[i] - largest) / temperature) in float64, in a fixed order.
-    double (*sum_exp)(const float *row, int n, float largest, float temperature);
+    // The weight of an entry is exp((entry - largest) / temperature): at most 1, and exactly 0 below exp(-87).
+    // out[b] = the sum of the weights of block b of WEIGHT_BLOCK entries, those below `least` left out.
+    void (*block_sums)(const float *row, int n, float largest, float temperature, float least, double *out);
 
-    // out = exp((row - largest) / temperature)
+    // out = the weights themselves; may be in place.
     void (*weigh)(const float *row, int n, float largest, float temperature, float *out);
+
+    // The largest of each set of `group` entries that lie LANES apart. Returns how many sets there are, padded with
+    // minus infinity: less than n / group + 2 LANES. NaN is passed over.
+    int (*maxima)(const float *row, int n, int group, float *out);
+
+    // The entries that are at least `threshold` as keys (see ranking.h), by ascending index. Returns their count.
+    int (*collect)(const float *row, int n, float threshold, std::uint64_t *out);
 };
 
 }  // namespace tokenmill

@@ -273,40 +273,7 @@ inline void blend(float *total, float a, const float *part, float b, int n) {
     }
 }
 
-inline Kernels::Peak peak(const float *row, int n) {
-    Vec most = fill(-__builtin_inff());
-    for (int i = 0; i < n; i += LANES) {
-        const Vec v = n - i >= LANES ? load(row + i) : select(inside(i, 0, n), load_first(row + i, n - i), most);
-        most = larger(v, most);  // a NaN in `most` stays, one in v is lost here and found below
-    }
-    const float value = largest_of(most);
-    for (int i = 0; i < n; ++i) {
-        if (row[i] == value) {
-            return {value, i};
-        }
-    }
-    return {__builtin_nanf(""), 0};
-}
-
-inline double sum_exp(const float *row, int n, float largest, float temperature) {
-    const Vec offset = fill(largest);
-    const Vec divisor = fill(temperature);
-    Sums sums;
-    for (int i = 0; i < n; i += LANES) {
-        const Vec e = exponential(divide(subtract(load_first(row + i, n - i), offset), divisor));
-        add_wide(sums, select(inside(i, 0, n), e, zero()));
-    }
-    return total(sums);
-}
-
-inline void weigh(const float *row, int n, float largest, float temperature, float *out) {
-    const Vec offset = fill(largest);
-    const Vec divisor = fill(temperature);
-    for (int i = 0; i < n; i += LANES) {
-        const Vec e = exponential(divide(subtract(load_first(row + i, n - i), offset), divisor));
-        store_first(out + i, e, n - i);
-    }
-}
+#include "logit_rows.h"
 
 inline Kernels table_of(const char *name, Multiply bf16_product, Few few_floats, Few few_pairs) {
     return {
@@ -326,7 +293,9 @@ inline Kernels table_of(const char *name, Multiply bf16_product, Few few_floats,
         .combine = &combine,
         .blend = &blend,
         .peak = &peak,
-        .sum_exp = &sum_exp,
+        .block_sums = &block_sums,
         .weigh = &weigh,
+        .maxima = &maxima,
+        .collect = &collect,
     };
 }

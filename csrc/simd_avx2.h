@@ -33,6 +33,11 @@ inline Mask inside(int start, int low, int high) {
     const __m256i from = _mm256_cmpgt_epi32(index, _mm256_set1_epi32(low - 1));
     return _mm256_castsi256_ps(_mm256_and_si256(from, _mm256_cmpgt_epi32(_mm256_set1_epi32(high), index)));
 }
+// Comparisons; false where either is NaN, which is what `unordered` finds.
+inline Mask at_least(Vec a, Vec b) { return _mm256_cmp_ps(a, b, _CMP_GE_OQ); }
+inline Mask equal(Vec a, Vec b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
+inline Mask unordered(Vec a, Vec b) { return _mm256_cmp_ps(a, b, _CMP_UNORD_Q); }
+inline unsigned bits_of(Mask mask) { return static_cast<unsigned>(_mm256_movemask_ps(mask)); }
 inline Vec select(Mask mask, Vec yes, Vec no) { return _mm256_blendv_ps(no, yes, mask); }
 inline __m256i first(int n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), indices()); }
 inline Vec load_first(const float *p, int n) { return _mm256_maskload_ps(p, first(n)); }

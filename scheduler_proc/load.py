@@ -18,7 +18,7 @@ from engine.checkpoints.read_config import read_model_config
 from engine.config import ConfigError, RunConfig, ServerConfig
 from engine.kernels.choice import open_backend
 from engine.kernels.kv_cache import allocate_kv_cache, kv_bytes_per_token
-from engine.kernels.table import Program
+from engine.kernels.table import Backend, Program
 from engine.models.model import Model
 from engine.models.registry import build_model
 from engine.wire.lifecycle import Limits
@@ -40,6 +40,7 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 class Engine:
     """A loaded model with its KV pool, and what both allow."""
 
+    backend: Backend
     program: Program
     limits: Limits
 
@@ -81,7 +82,7 @@ def load_engine(config: RunConfig, *, started: float) -> Engine:
         model_config.architecture, str(dtype).removeprefix("torch."), backend.name, limits.weight_gb,
         limits.kvcache_gb, slots, limits.available_gb, ", ".join(f"{name} {spent:.2f} s" for name, spent in seconds.items()),
     )  # fmt: skip
-    return Engine(program, limits)
+    return Engine(backend, program, limits)
 
 
 def fill_weights(model: Model, config: RunConfig, model_config: ModelConfig) -> None:

@@ -4,6 +4,7 @@ from numpy.typing import NDArray
 
 Longs = NDArray[np.int64]
 Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
 
 def uniforms(seeds: NDArray[np.uint64], positions: Longs) -> NDArray[np.float64]: ...
 def usable_isas() -> list[str]: ...
@@ -52,3 +53,15 @@ class Plan:
     def write(self, buffer: int, rows: Floats) -> None: ...
     def set_profiling(self, on: bool) -> None: ...
     def take_profile(self) -> dict[str, float]: ...
+
+class Sampling:
+    def __init__(self, team: Team, isa: str) -> None: ...
+    def best(self, logits: Floats, ids: Longs, peaks: Floats) -> None: ...
+    def draw(
+        self, logits: Floats, rows: Longs, temperatures: Doubles, top_ks: Longs, top_ps: Doubles, min_ps: Doubles,
+        uniforms: Doubles, ids: Longs,
+    ) -> None: ...  # fmt: skip
+    def logprobs(
+        self, logits: Floats, rows: Longs, temperatures: Doubles, tokens: Longs, tops: Longs, id_counts: Longs,
+        ids: Longs, token_values: Floats, top_ids: Longs, top_values: Floats, id_values: Floats,
+    ) -> None: ...  # fmt: skip
