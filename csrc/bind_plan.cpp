@@ -7,6 +7,8 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <map>
 #include <stdexcept>
 
 #include "isa.h"
@@ -65,24 +67,19 @@ LayerPool pool_of(std::uintptr_t keys, std::uintptr_t values, int dtype, std::pt
 }
 
 void add_linear(Plan &plan, int in, const Matrix &weights, int out, const std::string &epilogue, bool picked) {
-    const Epilogue kind = epilogue == "add"    ? Epilogue::add
-                          : epilogue == "gate" ? Epilogue::gate
-                                               : Epilogue::store;
-    const Buffer &from = plan.buffer(in);
-    const Buffer &to = plan.buffer(out);
-    const Dtype wanted = weights.type() == Dtype::bf16 ? Dtype::bf16 : Dtype::f32;
-    const int width = kind == Epilogue::gate ? weights.outputs() / 2 : weights.outputs();
-    if (from.width() != weights.inputs() || from.type() != wanted || to.width() != width ||
-        (kind == Epilogue::gate) != weights.gated() || (kind != Epilogue::gate && to.type() != Dtype::f32)) {
-        throw std::invalid_argument("the buffers do not fit the matrix");
+    const std::map<std::string, Epilogue> kinds = {
+        {"store", Epilogue::store}, {"add", Epilogue::add}, {"gate", Epilogue::gate}};
+    const auto kind = kinds.find(epilogue);
+    if (kind == kinds.end()) {
+        throw std::invalid_argument("epilogue is '" + epilogue + "'; allowed are store, add and gate");
     }
-    plan.add(Linear{&from, &weights, &plan.buffer(out), kind, picked});
+    plan.add(Linear{&plan.buffer(in), &weights, &plan.buffer(out), kind->second, picked});
 }
 
 void add_attention(Plan &plan, int queries, std::uintptr_t keys, std::uintptr_t values, int dtype,
                    std::ptrdiff_t slot_stride, std::ptrdiff_t head_stride, int out, float scale, int heads,
                    int kv_heads, int head_dim, int window) {
-    const int layout = plan.layout_of(window, heads / kv_heads, kv_heads);
+    const int layout = plan.layout_of(window, heads / std::max(kv_heads, 1), kv_heads);
     const Attention attention{&plan.buffer(queries), pool_of(keys, values, dtype, slot_stride, head_stride),
                               &plan.buffer(out), scale * LOG2_E, heads, kv_heads, head_dim, window, layout};
     plan.add(Attend{attention});
@@ -105,7 +102,7 @@ void run_step(Plan &plan, Longs token_ids, Longs positions, Longs slots, Longs q
         throw std::invalid_argument("the step's arrays disagree in length");
     }
     const nb::gil_scoped_release release;
-    plan.run(inputs);
+    plan.run(inputs, static_cast<std::int64_t>(context_slots.shape(0)));
 }
 
 void run_head(Plan &plan, Longs picked) {
@@ -178,7 +175,7 @@ void bind_matrix(nb::module_ &module) {
                 const nb::gil_scoped_release release;
                 self.read(start, static_cast<int>(rows.shape(0)), rows.data());
             },
-            nb::arg("start"), nb::arg("rows"), "Fill `rows` with rows [start, start + len(rows)).")
+            nb::arg("start"), nb::arg("rows").noconvert(), "Fill `rows` with rows [start, start + len(rows)).")
         .def(
             "write_bias",
             [](Matrix &self, int start, Floats values) {
@@ -194,7 +191,7 @@ void bind_matrix(nb::module_ &module) {
                             self.bias(0) == nullptr ? 0 : self.outputs());
                 self.read_bias(start, static_cast<int>(values.shape(0)), values.data());
             },
-            nb::arg("start"), nb::arg("values"), "Fill `values` with entries [start, start + len(values)).");
+            nb::arg("start"), nb::arg("values").noconvert(), "Fill `values` with entries [start, start + len(values)).");
 }
 
 }  // namespace
@@ -203,7 +200,15 @@ void bind_plan(nb::module_ &module) {
     module.def("usable_isas", &usable_isas, "ISAs that this machine can run, best first; see csrc/isa.h");
     bind_matrix(module);
     nb::class_<Team>(module, "Team", "Threads; see csrc/team.h")
-        .def(nb::init<int, std::vector<int>>(), nb::arg("threads"), nb::arg("cpus"))
+        .def(
+            "__init__",
+            [](Team *self, int threads, std::vector<int> cpus) {
+                if (threads < 1) {
+                    throw std::invalid_argument("threads is " + std::to_string(threads) + "; it must be at least 1");
+                }
+                new (self) Team(threads, std::move(cpus));
+            },
+            nb::arg("threads"), nb::arg("cpus"))
         .def_prop_ro("threads", &Team::threads);
     module.def("read_rate", &read_rate, nb::arg("team"), nb::arg("bytes"), "Bytes per second that the team reads.");
     module.def(

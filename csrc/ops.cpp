@@ -106,7 +106,9 @@ void execute(const Embedding &op, const Bench &bench, int chunk, Scratch &scratc
     char *row = scratch.tile.as<char>();
     for (int token = first; token < last; ++token) {
         op.table->read(static_cast<int>(bench.inputs.token_ids[token]), 1, row);
-        bench.kernels.widen(row, op.table->type(), op.out->row<float>(token), op.table->inputs());
+        auto *out = op.out->row<float>(token);
+        bench.kernels.widen(row, op.table->type(), out, op.table->inputs());
+        std::fill(out + op.table->inputs(), out + op.out->padded(), 0.0F);  // what is added may leave NaN there
     }
 }
 

@@ -2,6 +2,10 @@
 
 #include <algorithm>
 #include <chrono>
+#include <stdexcept>
+#include <string>
+
+#include "check_ops.h"
 
 namespace tokenmill {
 
@@ -25,7 +29,12 @@ constexpr const char *NAMES[] = {"embedding", "angles", "norm", "linear", "rotar
 
 }  // namespace
 
-Buffer::Buffer(int width, Dtype type) : width_(width), type_(type), stride_(stride_of(width, type)) {}
+Buffer::Buffer(int width, Dtype type, bool of_head)
+    : width_(width), type_(type), of_head_(of_head), stride_(stride_of(width, type)) {
+    if (width < 1) {
+        throw std::invalid_argument("a buffer's width is at least 1, not " + std::to_string(width));
+    }
+}
 
 void Buffer::reserve(int rows) {
     if (rows > rows_) {
@@ -38,8 +47,7 @@ Plan::Plan(std::shared_ptr<Team> team, const Kernels &kernels)
     : team_(std::move(team)), kernels_(kernels), scratch_(static_cast<std::size_t>(team_->threads())) {}
 
 int Plan::add_buffer(int width, Dtype type) {
-    buffers_.push_back(std::make_unique<Buffer>(width, type));
-    of_head_.push_back(in_head_);
+    buffers_.push_back(std::make_unique<Buffer>(width, type, in_head_));
     return static_cast<int>(buffers_.size()) - 1;
 }
 
@@ -55,12 +63,19 @@ int Plan::layout_of(int window, int group, int kv_heads) {
 }
 
 void Plan::add(Op op) {
+    std::visit(Overloaded{
+                   [&](const Attend &it) { check(it.attention, in_head_); },
+                   [&](const Merge &it) { check(it.attention, in_head_); },
+                   [&](const auto &it) { check(it, in_head_); },
+               },
+               op);
     if (const auto *attend = std::get_if<Attend>(&op)) {
         scratch_bytes_ = std::max(scratch_bytes_, attention_scratch(attend->attention));
         record_floats_ = std::max(record_floats_, record_floats(attend->attention));
     }
     if (const auto *embedding = std::get_if<Embedding>(&op)) {
         tile_bytes_ = std::max(tile_bytes_, static_cast<std::size_t>(embedding->table->inputs()) * sizeof(float));
+        vocabulary_ = std::min(vocabulary_, embedding->table->outputs());
     }
     ops_.push_back(op);
     if (!in_head_) {
@@ -75,14 +90,15 @@ void Plan::begin_head() {
 
 void Plan::reserve() {
     for (std::size_t i = 0; i < buffers_.size(); ++i) {
-        buffers_[i]->reserve(of_head_[i] ? inputs_.picked : inputs_.tokens);
+        buffers_[i]->reserve(buffers_[i]->of_head() ? inputs_.picked : inputs_.tokens);
     }
     for (Scratch &scratch : scratch_) {
         scratch.reserve(tile_bytes_, scratch_bytes_);
     }
 }
 
-void Plan::run(const Inputs &inputs) {
+void Plan::run(const Inputs &inputs, std::int64_t slots) {
+    check(inputs, slots, vocabulary_);
     inputs_ = inputs;
     int records = 0;
     for (Window &entry : windows_) {
@@ -98,6 +114,7 @@ void Plan::run(const Inputs &inputs) {
 }
 
 void Plan::run_head(int picked, const std::int64_t *rows) {
+    check_picked(picked, rows, inputs_.tokens);
     inputs_.picked = picked;
     inputs_.picked_rows = rows;
     reserve();

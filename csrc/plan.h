@@ -1,6 +1,7 @@
 // A model's step, recorded once and replayed by one call.
 #pragma once
 
+#include <limits>
 #include <map>
 #include <memory>
 #include <string>
@@ -35,12 +36,14 @@ class Plan {
     // Attention is laid out once a step for each window. Returns the layout's index.
     int layout_of(int window, int group, int kv_heads);
 
+    // Throws std::invalid_argument for an op that check_ops.h refuses.
     void add(Op op);
     void begin_head();
 
     // Run a step. Buffers grow to the most tokens and picked rows seen; nothing else is allocated per step but the
-    // lists of attention's work. Throws std::bad_alloc.
-    void run(const Inputs &inputs);
+    // lists of attention's work. Throws std::bad_alloc, and std::invalid_argument for inputs that check_ops.h refuses.
+    // slots: how many context slots there are.
+    void run(const Inputs &inputs, std::int64_t slots);
     // The head for other rows of the last step; only `picked` and `picked_rows` of the inputs are looked at.
     void run_head(int picked, const std::int64_t *rows);
 
@@ -68,10 +71,10 @@ class Plan {
     std::shared_ptr<Team> team_;
     const Kernels &kernels_;
     std::vector<std::unique_ptr<Buffer>> buffers_;
-    std::vector<bool> of_head_;  // whether a buffer has a row per picked row (else per token)
     std::vector<Op> ops_;
     std::size_t head_ = 0;
     bool in_head_ = false;
+    int vocabulary_ = std::numeric_limits<int>::max();
     std::vector<Window> windows_;
     std::vector<Scratch> scratch_;
     std::size_t tile_bytes_ = TILE_BYTES;

@@ -13,7 +13,8 @@ namespace tokenmill {
 // Rows of activations. A row is padded with zeros to PANEL elements and starts on a cache line of its own.
 class Buffer {
   public:
-    Buffer(int width, Dtype type);
+    // of_head: it has a row per picked row (else per token). Throws std::invalid_argument where width is below 1.
+    Buffer(int width, Dtype type, bool of_head);
 
     // Make room for `rows` rows; what was in the buffer is lost when it grows.
     void reserve(int rows);
@@ -21,6 +22,7 @@ class Buffer {
     int width() const { return width_; }
     int padded() const { return static_cast<int>(round_up(width_, PANEL)); }
     Dtype type() const { return type_; }
+    bool of_head() const { return of_head_; }
     int rows() const { return rows_; }
     std::ptrdiff_t stride() const { return stride_; }  // in elements
 
@@ -33,6 +35,7 @@ class Buffer {
   private:
     int width_;
     Dtype type_;
+    bool of_head_;
     std::ptrdiff_t stride_;
     int rows_ = 0;
     Memory memory_;

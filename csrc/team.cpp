@@ -52,7 +52,8 @@ Team::~Team() {
 
 Team::Phase *Team::room_for(int phases) {
     if (allocated_.empty() || allocated_.back().count < phases) {
-        allocated_.push_back({std::make_unique<Phase[]>(static_cast<std::size_t>(phases)), phases});
+        // The last phase belongs to no job: it ends a late thread that has an old list and a newer, larger count.
+        allocated_.push_back({std::make_unique<Phase[]>(static_cast<std::size_t>(phases) + 1), phases});
     }
     return allocated_.back().list.get();
 }

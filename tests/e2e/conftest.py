@@ -2,12 +2,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from live_client import Api
 from tiny_models import tiny_llama
+from transformers import AutoModelForCausalLM
 
 from engine.bench.live_server import LiveServer, running_server
+from engine.checkpoints.locate import locate
 
 STRICT = {"TOKENMILL_STRICT": "1"}
 """The environment in which a broken pool invariant ends the server, and so the test."""
@@ -36,3 +40,12 @@ def tiny_api(tiny_model: Path) -> Iterator[Api]:
     """The tiny model in float32, with the default flags otherwise."""
     with running_server("--dtype", "float32", "--max-total-tokens", "40000", model=tiny_model, env=STRICT) as server:
         yield Api(server.url)
+
+
+@pytest.fixture(scope="session")
+def oracle() -> Any:
+    """The default model as `transformers` has it, in float32."""
+    torch.set_num_threads(2)
+    path = Path(locate(None).path)
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    return model.eval()

@@ -5,17 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import torch
 from oracle import check_greedy, reference_logprobs
-from transformers import AutoModelForCausalLM
 
 from engine.bench.live_server import LiveServer, running_server
-from engine.checkpoints.locate import locate
 
 NEW_TOKENS = 48
 
@@ -41,14 +38,6 @@ PROMPTS = [
     "    \n\n   ",
     "The following text is repeated. " * 12,
 ]
-
-
-@pytest.fixture(scope="module")
-def oracle() -> Any:
-    torch.set_num_threads(2)
-    path = Path(locate(None).path)
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    return model.eval()
 
 
 def generate(server: LiveServer, texts: list[str], at_once: int) -> list[dict[str, Any]]:

@@ -163,7 +163,9 @@ def test_rotary_store(
     coarse = max(dtype, kv_dtype, key=lambda kind: STEP[kind])
     written = keys[:, batch.slots].transpose(0, 1)
     check(written.to(coarse), expected[:, query_heads:], coarse, roundings=6)
-    assert torch.equal(values[:, batch.slots].transpose(0, 1), qkv.view(tokens, -1, head_dim)[:, -kv_heads:].to(kv_dtype))
+    assert torch.equal(
+        values[:, batch.slots].transpose(0, 1), qkv.view(tokens, -1, head_dim)[:, -kv_heads:].to(kv_dtype)
+    )
     others = torch.ones(slots, dtype=torch.bool)
     others[batch.slots] = False
     assert (keys[:, others] == 9).all()
