@@ -80,7 +80,8 @@ def load_engine(config: RunConfig, *, started: float) -> Engine:
     logger.info(
         "%s, %s, on %s: weights %.2f GB, KV pool %.2f GB for %d tokens (%.1f GB were free); %s",
         model_config.architecture, str(dtype).removeprefix("torch."), backend.name, limits.weight_gb,
-        limits.kvcache_gb, slots, limits.available_gb, ", ".join(f"{name} {spent:.2f} s" for name, spent in seconds.items()),
+        limits.kvcache_gb, slots, limits.available_gb,
+        ", ".join(f"{name} {spent:.2f} s" for name, spent in seconds.items()),
     )  # fmt: skip
     return Engine(backend, program, limits)
 

@@ -19,7 +19,6 @@ from engine.checkpoints.load_weights import load_weights, open_weights
 from engine.checkpoints.read_config import read_model_config
 from engine.config import ModelSource
 from engine.kernels.kv_cache import allocate_kv_cache
-from engine.kernels.table import Backend
 from engine.models.model import Model
 from engine.models.registry import build_model
 from engine.wire.sampling import LogprobOptions
@@ -66,8 +65,7 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def serve(model: Model, pool: int, **limits: Any) -> tuple[Scheduler, Sent]:
     cache = allocate_kv_cache(model.config, pool, torch.float32, "cpu")
-    backend: Backend = model.backend  # type: ignore[attr-defined]
-    return scheduler_over(backend, model.program(cache), pool, longest=min(1000, pool - 1), eos_ids=[], **limits)
+    return scheduler_over(model.backend, model.program(cache), pool, longest=min(1000, pool - 1), eos_ids=[], **limits)
 
 
 def prompts(model: Model, count: int) -> list[list[int]]:
