@@ -16,7 +16,10 @@ struct Work {
     float *scores;        // [rows, KEY_BLOCK]
     float *part;          // [rows, depth]: a block's weighted values
     float *total;         // [rows, depth]: all blocks so far
-    SoftmaxState *states; // [rows] of all blocks so far
+    SoftmaxColumns known; // [rows] of all blocks so far
+    SoftmaxColumns found; // [rows] of one block
+    float *old_weights;   // [rows]
+    float *new_weights;   // [rows]
     float *converted;     // for rows of the pool that are not as the kernels want them
 };
 
@@ -41,7 +44,10 @@ std::size_t lay_out(const Attention &attention, char *base, Work *work) {
     made.scores = reinterpret_cast<float *>(base + place(end, rows * KEY_BLOCK * sizeof(float)));
     made.part = reinterpret_cast<float *>(base + place(end, rows * depth * sizeof(float)));
     made.total = reinterpret_cast<float *>(base + place(end, rows * depth * sizeof(float)));
-    made.states = reinterpret_cast<SoftmaxState *>(base + place(end, rows * sizeof(SoftmaxState)));
+    for (float **column : {&made.known.largest, &made.known.sum, &made.found.largest, &made.found.sum,
+                           &made.old_weights, &made.new_weights}) {
+        *column = reinterpret_cast<float *>(base + place(end, rows * sizeof(float)));
+    }
     made.converted = reinterpret_cast<float *>(base + place(end, 17 * depth * sizeof(float)));
     if (work != nullptr) {
         *work = made;
@@ -49,28 +55,31 @@ std::size_t lay_out(const Attention &attention, char *base, Work *work) {
     return end;
 }
 
-// Add a block to what is known of a row. Blocks of which it sees nothing change nothing.
-void accumulate(const Kernels &kernels, float *total, SoftmaxState &state, const float *part, SoftmaxState block,
-                int depth) {
-    if (block.sum == 0.0F) {
-        return;
+// Add blocks to what is known of n rows, of `depth` values each. Where a row sees nothing of its block, nothing changes.
+void accumulate(const Kernels &kernels, const Work &work, int n, int depth) {
+    kernels.combine(work.known, work.found, n, work.old_weights, work.new_weights);
+    for (int row = 0; row < n; ++row) {
+        float *total = work.total + static_cast<std::ptrdiff_t>(row) * depth;
+        const float *part = work.part + static_cast<std::ptrdiff_t>(row) * depth;
+        if (work.found.sum[row] == 0.0F) {
+            continue;
+        }
+        if (work.old_weights[row] == 0.0F) {  // the first block that the row sees, or one that outdoes all before
+            std::memcpy(total, part, static_cast<std::size_t>(depth) * sizeof(float));
+        } else {
+            kernels.blend(total, work.old_weights[row], part, work.new_weights[row], depth);
+        }
     }
-    if (state.sum == 0.0F) {
-        std::memcpy(total, part, static_cast<std::size_t>(depth) * sizeof(float));
-        state = block;
-        return;
-    }
-    const float largest = std::max(state.largest, block.largest);
-    const float old_weight = kernels.exp_of(state.largest - largest);
-    const float new_weight = kernels.exp_of(block.largest - largest);
-    kernels.blend(total, old_weight, part, new_weight, depth);
-    state = {largest, state.sum * old_weight + block.sum * new_weight};
 }
 
-void write_out(const Attention &attention, const Kernels &kernels, int token, int head, float *total,
-               SoftmaxState state) {
+void forget(const Work &work, int n) {
+    std::fill(work.known.largest, work.known.largest + n, NO_SCORE);
+    std::fill(work.known.sum, work.known.sum + n, 0.0F);
+}
+
+void write_out(const Attention &attention, const Kernels &kernels, int token, int head, float *total, float sum) {
     const int depth = attention.depth();
-    kernels.blend(total, 1.0F / state.sum, total, 0.0F, depth);
+    kernels.blend(total, 1.0F / sum, total, 0.0F, depth);
     char *row = attention.out->row(token);
     const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(head) * attention.head_dim;
     kernels.narrow(total, row + at * static_cast<std::ptrdiff_t>(size_of(attention.out->type())), attention.head_dim,
@@ -111,7 +120,7 @@ void attend(const Attention &attention, const Kernels &kernels, const AttentionL
         std::memcpy(work.queries + static_cast<std::ptrdiff_t>(t) * group * depth * size, from,
                     static_cast<std::size_t>(group * depth * size));
     }
-    std::fill(work.states, work.states + rows, SoftmaxState{0.0F, 0.0F});
+    forget(work, rows);
     const LayerPool &pool = attention.pool;
     const HeadRows keys{pool.keys + kv_head * pool.head_stride, pool.slot_stride, pool.type};
     const HeadRows values{pool.values + kv_head * pool.head_stride, pool.slot_stride, pool.type};
@@ -121,71 +130,91 @@ void attend(const Attention &attention, const Kernels &kernels, const AttentionL
         const int count = std::min(KEY_BLOCK, item.keys - start);
         const int padded = static_cast<int>(round_up(count, PANEL));
         const std::int64_t *slots = item.slots + start;
-        const int ahead = block + 1 < item.last_block ? std::min(KEY_BLOCK, item.keys - start - KEY_BLOCK) : 0;
-        kernels.pack_keys(keys, slots, count, slots + KEY_BLOCK, ahead, attention.head_dim, type, work.keys,
-                          work.converted);
-        for (int panel = 0; panel < padded; panel += PANEL) {
-            multiply(work.queries, depth, rows, work.keys + panel * depth * size, depth, work.scores + panel, KEY_BLOCK,
-                     false);
+        // While the keys are read their values are fetched, and while these are read the next block's keys.
+        const Ahead own_values{values, slots, count};
+        const Ahead next_keys{keys, slots + KEY_BLOCK,
+                              block + 1 < item.last_block ? std::min(KEY_BLOCK, item.keys - start - KEY_BLOCK) : 0};
+        FewRows few{work.queries,       rows,        static_cast<int>(depth * size / 4), slots, count, own_values,
+                    attention.head_dim, work.scores, KEY_BLOCK};
+        const Few directly = kernels.few[static_cast<int>(type)];
+        const bool unpacked = directly != nullptr && directly(few, keys, true);
+        if (!unpacked) {
+            kernels.pack_keys(keys, slots, count, own_values, attention.head_dim, type, work.keys, work.converted);
+            for (int panel = 0; panel < padded; panel += PANEL) {
+                multiply(work.queries, depth, rows, work.keys + panel * depth * size, depth, work.scores + panel,
+                         KEY_BLOCK, false);
+            }
+            kernels.pack_values(values, slots, count, next_keys, attention.head_dim, type, work.values,
+                                work.converted);
         }
-        kernels.pack_values(values, slots, count, slots + KEY_BLOCK, ahead, attention.head_dim, type, work.values,
-                            work.converted);
-        SoftmaxState found[ATTENTION_ROWS];
-        for (int first = 0; first < rows; first += ATTENTION_ROWS) {
-            const int some = std::min(ATTENTION_ROWS, rows - first);
-            for (int r = 0; r < some; ++r) {
-                const int row = first + r;
-                const int visible = tokens[row / group].visible;
-                const int high = std::clamp(visible - start, 0, count);
-                const int low = attention.window == 0 ? 0 : std::clamp(visible - attention.window - start, 0, high);
-                const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(row) * KEY_BLOCK;
-                found[r] = kernels.softmax(work.scores + at, attention.scale, {low, high, padded},
-                                           work.probabilities + at * size, type);
-            }
-            for (int channel = 0; channel < depth; channel += PANEL) {
-                multiply(work.probabilities + static_cast<std::ptrdiff_t>(first) * KEY_BLOCK * size, KEY_BLOCK, some,
-                         work.values + static_cast<std::ptrdiff_t>(channel) * padded * size, padded,
-                         work.part + static_cast<std::ptrdiff_t>(first) * depth + channel, depth, false);
-            }
-            for (int r = 0; r < some; ++r) {
-                const int row = first + r;
-                const TokenRow &token = tokens[row / group];
-                const float *part = work.part + static_cast<std::ptrdiff_t>(row) * depth;
-                if (token.record < 0) {
-                    accumulate(kernels, work.total + static_cast<std::ptrdiff_t>(row) * depth, work.states[row], part,
-                               found[r], depth);
-                    continue;
-                }
-                float *record = record_of(attention, records, token.record + block - token.first_block,
-                                          kv_head * group + row % group);
-                std::memcpy(record, part, static_cast<std::size_t>(depth) * sizeof(float));
-                record[depth] = found[r].largest;
-                record[depth + 1] = found[r].sum;
-            }
+        for (int row = 0; row < rows; ++row) {
+            const int visible = tokens[row / group].visible;
+            const int high = std::clamp(visible - start, 0, count);
+            const int low = attention.window == 0 ? 0 : std::clamp(visible - attention.window - start, 0, high);
+            const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(row) * KEY_BLOCK;
+            const SoftmaxState state = kernels.softmax(work.scores + at, attention.scale, {low, high, padded},
+                                                       work.probabilities + at * size, type);
+            work.found.largest[row] = state.largest;
+            work.found.sum[row] = state.sum;
+        }
+        if (unpacked) {
+            few.rows = work.probabilities;
+            few.row_words = static_cast<int>(KEY_BLOCK * size / 4);
+            few.out = work.part;
+            few.out_stride = depth;
+            few.ahead = next_keys;
+            directly(few, values, false);
+        }
+        for (int channel = 0; channel < depth && !unpacked; channel += PANEL) {
+            multiply(work.probabilities, KEY_BLOCK, rows,
+                     work.values + static_cast<std::ptrdiff_t>(channel) * padded * size, padded, work.part + channel,
+                     depth, false);
+        }
+        if (tokens[0].record < 0) {
+            accumulate(kernels, work, rows, depth);
+            continue;
+        }
+        for (int row = 0; row < rows; ++row) {
+            const TokenRow &token = tokens[row / group];
+            float *record = record_of(attention, records, token.record + block - token.first_block,
+                                      kv_head * group + row % group);
+            std::memcpy(record, work.part + static_cast<std::ptrdiff_t>(row) * depth,
+                        static_cast<std::size_t>(depth) * sizeof(float));
+            record[depth] = work.found.largest[row];
+            record[depth + 1] = work.found.sum[row];
         }
     }
     if (tokens[0].record < 0) {
         for (int row = 0; row < rows; ++row) {
             write_out(attention, kernels, tokens[row / group].token, kv_head * group + row % group,
-                      work.total + static_cast<std::ptrdiff_t>(row) * depth, work.states[row]);
+                      work.total + static_cast<std::ptrdiff_t>(row) * depth, work.known.sum[row]);
         }
     }
 }
 
 void merge(const Attention &attention, const Kernels &kernels, const AttentionLayout &layout, int chunk,
-           float *records) {
+           float *records, char *scratch) {
     const MergedToken &token = layout.merged[static_cast<std::size_t>(chunk / attention.kv_heads)];
-    const int first_head = chunk % attention.kv_heads * attention.group();
+    const int group = attention.group();
+    const int first_head = chunk % attention.kv_heads * group;
     const int depth = attention.depth();
-    for (int head = first_head; head < first_head + attention.group(); ++head) {
-        // The first record serves as the total: nobody reads it again.
-        float *total = record_of(attention, records, token.record, head);
-        SoftmaxState state{total[depth], total[depth + 1]};
-        for (int block = 1; block < token.blocks; ++block) {
-            const float *part = record_of(attention, records, token.record + block, head);
-            accumulate(kernels, total, state, part, {part[depth], part[depth + 1]}, depth);
+    Work work;
+    lay_out(attention, scratch, &work);
+    forget(work, group);
+    for (int block = 0; block < token.blocks; ++block) {
+        // The records of the heads lie as `attend` left them; only the two numbers behind the values are in the way.
+        for (int row = 0; row < group; ++row) {
+            const float *record = record_of(attention, records, token.record + block, first_head + row);
+            std::memcpy(work.part + static_cast<std::ptrdiff_t>(row) * depth, record,
+                        static_cast<std::size_t>(depth) * sizeof(float));
+            work.found.largest[row] = record[depth];
+            work.found.sum[row] = record[depth + 1];
         }
-        write_out(attention, kernels, token.token, head, total, state);
+        accumulate(kernels, work, group, depth);
+    }
+    for (int row = 0; row < group; ++row) {
+        write_out(attention, kernels, token.token, first_head + row,
+                  work.total + static_cast<std::ptrdiff_t>(row) * depth, work.known.sum[row]);
     }
 }
 

@@ -13,7 +13,7 @@ struct Attention {
     const Buffer *queries;  // [tokens, heads * depth]: each head padded to depth channels
     LayerPool pool;
     Buffer *out;  // [tokens, heads * head_dim]
-    float scale;
+    float scale;  // of scores, log2(e) included
     int heads;
     int kv_heads;
     int head_dim;
@@ -37,6 +37,6 @@ void attend(const Attention &attention, const Kernels &kernels, const AttentionL
 
 // Put together the records of one token and key head.
 void merge(const Attention &attention, const Kernels &kernels, const AttentionLayout &layout, int chunk,
-           float *records);
+           float *records, char *scratch);
 
 }  // namespace tokenmill

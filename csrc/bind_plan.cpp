@@ -14,6 +14,7 @@
 #include "isa.h"
 #include "matrix.h"
 #include "plan.h"
+#include "roofline.h"
 
 namespace nb = nanobind;
 
@@ -55,6 +56,8 @@ void check_rows(const Matrix &matrix, int start, const Rows &rows) {
     }
 }
 
+constexpr float LOG2_E = 1.44269504088896341F;
+
 const float *floats_at(std::uintptr_t address) { return reinterpret_cast<const float *>(address); }
 
 LayerPool pool_of(std::uintptr_t keys, std::uintptr_t values, int dtype, std::ptrdiff_t slot_stride,
@@ -78,7 +81,7 @@ void add_attention(Plan &plan, int queries, std::uintptr_t keys, std::uintptr_t 
                    int kv_heads, int head_dim, int window) {
     const int layout = plan.layout_of(window, heads / std::max(kv_heads, 1), kv_heads);
     const Attention attention{&plan.buffer(queries), pool_of(keys, values, dtype, slot_stride, head_stride),
-                              &plan.buffer(out), scale, heads, kv_heads, head_dim, window, layout};
+                              &plan.buffer(out), scale * LOG2_E, heads, kv_heads, head_dim, window, layout};
     plan.add(Attend{attention});
     plan.add(Merge{attention});
 }
@@ -207,6 +210,13 @@ void bind_plan(nb::module_ &module) {
             },
             nb::arg("threads"), nb::arg("cpus"))
         .def_prop_ro("threads", &Team::threads);
+    module.def("read_rate", &read_rate, nb::arg("team"), nb::arg("bytes"), "Bytes per second that the team reads.");
+    module.def(
+        "product_rate",
+        [](Team &team, const std::string &isa, int dtype) {
+            return product_rate(team, kernels_of(isa), dtype_of(dtype));
+        },
+        nb::arg("team"), nb::arg("isa"), nb::arg("dtype"), "FLOP per second of products from the first-level cache.");
     nb::class_<Plan>(module, "Plan", "A recorded step; see csrc/plan.h")
         .def(
             "__init__",

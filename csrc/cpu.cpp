@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "bind_plan.h"
+#include "bind_sampling.h"
 #include "noise.h"
 
 namespace nb = nanobind;
@@ -33,7 +34,9 @@ Doubles uniforms(Column<std::uint64_t> seeds, Column<std::int64_t> positions) {
 }  // namespace
 
 NB_MODULE(_cpu, module) {
+    nb::set_leak_warnings(false);  // a team that lives to the end of its process is no leak
     tokenmill::bind_plan(module);
+    tokenmill::bind_sampling(module);
     module.def("uniforms", &uniforms, nb::arg("seeds").noconvert(), nb::arg("positions").noconvert(),
                "uint64[N] seeds, int64[N] positions -> float64[N] in [0, 1); see engine/kernels/noise.py");
 }

@@ -26,10 +26,11 @@ namespace {
 #include "multiply_amx.h"
 #include "multiply_rows.h"
 #include "rows.h"
+#include "few_avx512.h"
 }  // namespace
 
 const Kernels &kernels() {
-    static const Kernels table = table_of(NAME, &multiply_amx);
+    static const Kernels table = table_of(NAME, &multiply_amx, &few_floats, nullptr);
     return table;
 }
 

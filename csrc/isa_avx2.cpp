@@ -17,7 +17,7 @@ namespace {
 }  // namespace
 
 const Kernels &kernels() {
-    static const Kernels table = table_of("avx2", &multiply_rows<PairPanel, std::uint16_t>);
+    static const Kernels table = table_of("avx2", &multiply_rows<PairPanel, std::uint16_t>, nullptr, nullptr);
     return table;
 }
 

@@ -14,10 +14,11 @@ namespace {
 #include "multiply_avx512.h"
 #include "multiply_rows.h"
 #include "rows.h"
+#include "few_avx512.h"
 }  // namespace
 
 const Kernels &kernels() {
-    static const Kernels table = table_of("avx512", &multiply_rows<PairPanel, std::uint16_t>);
+    static const Kernels table = table_of("avx512", &multiply_rows<PairPanel, std::uint16_t>, &few_floats, nullptr);
     return table;
 }
 

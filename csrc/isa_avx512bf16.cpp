@@ -15,10 +15,12 @@ namespace {
 #include "multiply_avx512bf16.h"
 #include "multiply_rows.h"
 #include "rows.h"
+#include "few_avx512.h"
+#include "few_avx512bf16.h"
 }  // namespace
 
 const Kernels &kernels() {
-    static const Kernels table = table_of("avx512bf16", &multiply_rows<DotPanel, std::uint16_t>);
+    static const Kernels table = table_of("avx512bf16", &multiply_rows<DotPanel, std::uint16_t>, &few_floats, &few_pairs);
     return table;
 }
 

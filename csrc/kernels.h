@@ -24,11 +24,21 @@ struct Visible {
     int padded;
 };
 
-// What the online softmax knows after a block: the largest score and the sum of exp(score - largest); 0: no key seen.
+// What the online softmax knows after a block: the largest score, in powers of two (score * scale * log2(e)), and the sum
+// of 2^(score - largest); 0: no key seen.
 struct SoftmaxState {
     float largest;
     float sum;
 };
+
+// The same of many rows.
+struct SoftmaxColumns {
+    float *largest;
+    float *sum;
+};
+
+// The largest score where no key was seen: 2^(this - anything) is 0.
+constexpr float NO_SCORE = -3.0e38F;
 
 // Rows of a KV pool: one head of one layer. slot_stride in bytes.
 struct HeadRows {
@@ -37,9 +47,35 @@ struct HeadRows {
     Dtype type;
 };
 
+// Rows of the pool that are wanted soon: those of `count` slots.
+struct Ahead {
+    HeadRows rows;
+    const std::int64_t *slots;
+    int count;
+};
+
+// Few rows of x (queries, or probabilities of keys) against `count` rows of the pool. row_words: 32-bit words from one
+// row of x to the next; out_stride in floats.
+struct FewRows {
+    const void *rows;
+    int row_count;
+    int row_words;
+    const std::int64_t *slots;
+    int count;
+    Ahead ahead;
+    int head_dim;
+    float *out;
+    std::ptrdiff_t out_stride;
+};
+
+// Scores of queries and keys, or (scores = false) sums of values weighted by probabilities, without packing the pool's
+// rows and with the same bits as over packed ones. False, and nothing done, where they must be packed.
+using Few = bool (*)(const FewRows &few, HeadRows rows, bool scores);
+
 struct Kernels {
     const char *name;
     Multiply multiply[3];  // by the Dtype of the weights
+    Few few[3];            // by the Dtype of rows and pool; null: always pack
 
     // out = x / sqrt(mean(x^2) + eps) * weight; x, weight: `padded` floats, of which `width` count.
     void (*rms_norm)(const float *x, const float *weight, float eps, int width, int padded, void *out, Dtype type);
@@ -62,33 +98,44 @@ struct Kernels {
     void (*widen)(const void *x, Dtype type, float *out, int n);
 
     // Keys of `count` slots as panels of 32 keys, [ceil(count / 32)] panels for x of type `type` and depth `depth`
-    // (head_dim padded to 32); what is not there is zero. `next`: slots whose rows to prefetch meanwhile (or null).
-    void (*pack_keys)(HeadRows rows, const std::int64_t *slots, int count, const std::int64_t *next, int next_count,
-                      int head_dim, Dtype type, void *out, float *scratch);
+    // (head_dim padded to 32); what is not there is zero. `ahead` is prefetched meanwhile.
+    void (*pack_keys)(HeadRows rows, const std::int64_t *slots, int count, const Ahead &ahead, int head_dim, Dtype type,
+                      void *out, float *scratch);
 
     // Values of `count` slots as panels of 32 channels and depth count (padded to 32).
-    void (*pack_values)(HeadRows rows, const std::int64_t *slots, int count, const std::int64_t *next, int next_count,
-                        int head_dim, Dtype type, void *out, float *scratch);
+    void (*pack_values)(HeadRows rows, const std::int64_t *slots, int count, const Ahead &ahead, int head_dim,
+                        Dtype type, void *out, float *scratch);
 
-    // probabilities = exp(score * scale - largest) of the visible keys, 0 of the others (`padded` in all).
+    // probabilities = 2^(score * scale - largest) of the visible keys, 0 of the others (`padded` in all).
     SoftmaxState (*softmax)(const float *scores, float scale, Visible visible, void *probabilities, Dtype type);
+
+    // Put what is known of n rows and what a block has found together: `known` becomes that of both, and the weighted
+    // values of both are to be multiplied by old_weights and new_weights. n may be any number.
+    void (*combine)(SoftmaxColumns known, SoftmaxColumns found, int n, float *old_weights, float *new_weights);
 
     // total = total * a + part * b; n a multiple of 32.
     void (*blend)(float *total, float a, const float *part, float b, int n);
-    float (*exp_of)(float x);
 
-    // Of row[n]: the largest value (NaN where there is one), at the lowest index.
+    // Of row[n], n at least 1: the largest value and the lowest index that has it; NaN and 0 where there is a NaN.
     struct Peak {
         float value;
         int index;
     };
     Peak (*peak)(const float *row, int n);
 
-    // sum of exp((row[i] - largest) / temperature) in float64, in a fixed order.
-    double (*sum_exp)(const float *row, int n, float largest, float temperature);
+    // The weight of an entry is exp((entry - largest) / temperature): at most 1, and exactly 0 below exp(-87).
+    // out[b] = the sum of the weights of block b of WEIGHT_BLOCK entries, those below `least` left out.
+    void (*block_sums)(const float *row, int n, float largest, float temperature, float least, double *out);
 
-    // out = exp((row - largest) / temperature)
+    // out = the weights themselves; may be in place.
     void (*weigh)(const float *row, int n, float largest, float temperature, float *out);
+
+    // The largest of each set of `group` entries that lie LANES apart. Returns how many sets there are, padded with
+    // minus infinity: less than n / group + 2 LANES. NaN is passed over.
+    int (*maxima)(const float *row, int n, int group, float *out);
+
+    // The entries that are at least `threshold` as keys (see ranking.h), by ascending index. Returns their count.
+    int (*collect)(const float *row, int n, float threshold, std::uint64_t *out);
 };
 
 }  // namespace tokenmill

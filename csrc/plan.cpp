@@ -176,7 +176,8 @@ void Plan::run_chunk(const Op &op, int chunk, Scratch &scratch) {
                               scratch.attention.as<char>());
                    },
                    [&](const Merge &it) {
-                       merge(it.attention, kernels_, layout(it.attention), chunk, records_.as<float>());
+                       merge(it.attention, kernels_, layout(it.attention), chunk, records_.as<float>(),
+                             scratch.attention.as<char>());
                    },
                    [&](const auto &it) { execute(it, bench, chunk, scratch); },
                },

@@ -16,10 +16,18 @@ inline Vec exponential(Vec x) {
     return times_power_of_two(p, n);
 }
 
-inline float exp_of(float x) {
-    float out[LANES];
-    store(out, exponential(fill(x)));
-    return out[0];
+// 2^x for x <= 0: 2^n 2^r with |r| <= 1/2, the latter by its Taylor series. 2^0 is exactly 1, far below 0 it is 0.
+inline Vec exponential2(Vec x) {
+    const Vec n = nearest(x);
+    const Vec r = subtract(x, n);
+    Vec p = fill(1.5403530e-4F);
+    p = fused(p, r, fill(1.3333558e-3F));
+    p = fused(p, r, fill(9.6181291e-3F));
+    p = fused(p, r, fill(5.5504109e-2F));
+    p = fused(p, r, fill(2.4022651e-1F));
+    p = fused(p, r, fill(6.9314718e-1F));
+    p = fused(p, r, fill(1.0F));
+    return times_power_of_two(p, n);
 }
 
 inline void narrow_vec(Vec v, void *out, int i, Dtype type) {
@@ -140,16 +148,20 @@ inline const std::uint32_t *row_words(HeadRows rows, std::int64_t slot, int head
     return reinterpret_cast<const std::uint32_t *>(converted);
 }
 
-inline void prefetch_row(HeadRows rows, std::int64_t slot, int head_dim) {
-    const char *row = rows.base + slot * rows.slot_stride;
-    const auto bytes = static_cast<std::ptrdiff_t>(head_dim) * static_cast<std::ptrdiff_t>(size_of(rows.type));
+// Fetch row `index` of what is wanted soon. Always inline: GCC takes a call that only prefetches for one without effect.
+__attribute__((always_inline)) inline void prefetch(const Ahead &ahead, int index, int head_dim) {
+    if (index >= ahead.count) {
+        return;
+    }
+    const char *row = ahead.rows.base + ahead.slots[index] * ahead.rows.slot_stride;
+    const auto bytes = static_cast<std::ptrdiff_t>(head_dim) * static_cast<std::ptrdiff_t>(size_of(ahead.rows.type));
     for (std::ptrdiff_t offset = 0; offset < bytes; offset += 64) {
-        __builtin_prefetch(row + offset, 0, 3);
+        __builtin_prefetch(row + offset, 0, 2);  // to the second level: the first has no room for a block
     }
 }
 
-inline void pack_keys(HeadRows rows, const std::int64_t *slots, int count, const std::int64_t *next, int next_count,
-                      int head_dim, Dtype type, void *out, float *scratch) {
+inline void pack_keys(HeadRows rows, const std::int64_t *slots, int count, const Ahead &ahead, int head_dim,
+                      Dtype type, void *out, float *scratch) {
     const int depth = static_cast<int>(round_up(head_dim, PANEL));
     const int words = type == Dtype::bf16 ? depth / 2 : depth;
     auto *panel = static_cast<std::uint32_t *>(out);
@@ -163,9 +175,7 @@ inline void pack_keys(HeadRows rows, const std::int64_t *slots, int count, const
             sources[i] = key < count
                              ? row_words(rows, slots[key], head_dim, type, scratch + (1 + i) * depth, depth)
                              : nothing;
-            if (key < next_count) {
-                prefetch_row(rows, next[key], head_dim);
-            }
+            prefetch(ahead, key, head_dim);
         }
         std::uint32_t *target = panel + static_cast<std::ptrdiff_t>(start / PANEL) * words * PANEL + start % PANEL;
         for (int w = 0; w < words; w += LANES) {
@@ -177,8 +187,8 @@ inline void pack_keys(HeadRows rows, const std::int64_t *slots, int count, const
     }
 }
 
-inline void pack_values(HeadRows rows, const std::int64_t *slots, int count, const std::int64_t *next, int next_count,
-                        int head_dim, Dtype type, void *out, float *scratch) {
+inline void pack_values(HeadRows rows, const std::int64_t *slots, int count, const Ahead &ahead, int head_dim,
+                        Dtype type, void *out, float *scratch) {
     const int depth = static_cast<int>(round_up(head_dim, PANEL));
     const int padded = static_cast<int>(round_up(count, PANEL));
     std::memset(scratch, 0, static_cast<std::size_t>(depth) * 4);
@@ -189,9 +199,7 @@ inline void pack_values(HeadRows rows, const std::int64_t *slots, int count, con
             pair[i] = key + i < count
                           ? row_words(rows, slots[key + i], head_dim, type, scratch + (1 + i) * depth, depth)
                           : nothing;
-            if (key + i < next_count) {
-                prefetch_row(rows, next[key + i], head_dim);
-            }
+            prefetch(ahead, key + i, head_dim);
         }
         for (int channel = 0; channel < depth; channel += PANEL) {
             const std::ptrdiff_t panel = static_cast<std::ptrdiff_t>(channel) * padded;
@@ -209,27 +217,52 @@ inline void pack_values(HeadRows rows, const std::int64_t *slots, int count, con
 }
 
 inline SoftmaxState softmax(const float *scores, float scale, Visible visible, void *probabilities, Dtype type) {
-    const Vec scales = fill(scale);
-    const Vec nothing = fill(-3.0e38F);
+    // Vectors [begin, whole) and [rest, end) are seen in part, those in between wholly.
+    const Vec nothing = fill(NO_SCORE);
     const int begin = visible.low / LANES * LANES;
-    const int end = visible.high;
+    const int whole = (visible.low + LANES - 1) / LANES * LANES;
+    const int rest = visible.high / LANES * LANES;
     Vec most = nothing;
-    for (int i = begin; i < end; i += LANES) {
-        most = larger(most, select(inside(i, visible.low, end), multiply(load(scores + i), scales), nothing));
+    for (int i = begin; i < visible.high; i += LANES) {
+        const Vec score = load(scores + i);
+        const bool partly = i < whole || i >= rest;
+        most = larger(most, partly ? select(inside(i, visible.low, visible.high), score, nothing) : score);
     }
-    const float largest = largest_of(most);
-    const Vec offset = fill(largest);
+    const float largest = visible.low < visible.high ? largest_of(most) * scale : NO_SCORE;
+    const Vec scales = fill(scale);
+    const Vec offset = fill(-largest);
     Vec sum = zero();
-    for (int i = 0; i < visible.padded; i += LANES) {
-        if (i + LANES <= visible.low || i >= end) {
-            narrow_vec(zero(), probabilities, i, type);
-            continue;
+    for (int i = 0; i < begin; i += LANES) {
+        narrow_vec(zero(), probabilities, i, type);
+    }
+    for (int i = begin; i < visible.high; i += LANES) {
+        Vec p = exponential2(fused(load(scores + i), scales, offset));
+        if (i < whole || i >= rest) {
+            p = select(inside(i, visible.low, visible.high), p, zero());
         }
-        const Vec p = exponential(subtract(multiply(load(scores + i), scales), offset));
-        narrow_vec(select(inside(i, visible.low, end), p, zero()), probabilities, i, type);
-        sum = add(sum, widen_vec(probabilities, i, type));
+        narrow_vec(p, probabilities, i, type);
+        sum = add(sum, p);
+    }
+    for (int i = (visible.high + LANES - 1) / LANES * LANES; i < visible.padded; i += LANES) {
+        narrow_vec(zero(), probabilities, i, type);
     }
     return {largest, sum_of(sum)};
+}
+
+inline void combine(SoftmaxColumns known, SoftmaxColumns found, int n, float *old_weights, float *new_weights) {
+    for (int i = 0; i < n; i += LANES) {
+        const int count = n - i;
+        const Vec before = load_first(known.largest + i, count);
+        const Vec block = load_first(found.largest + i, count);
+        const Vec largest = larger(before, block);
+        const Vec old_weight = exponential2(subtract(before, largest));
+        const Vec new_weight = exponential2(subtract(block, largest));
+        const Vec sum = multiply(load_first(known.sum + i, count), old_weight);
+        store_first(known.sum + i, fused(load_first(found.sum + i, count), new_weight, sum), count);
+        store_first(known.largest + i, largest, count);
+        store_first(old_weights + i, old_weight, count);
+        store_first(new_weights + i, new_weight, count);
+    }
 }
 
 inline void blend(float *total, float a, const float *part, float b, int n) {
@@ -240,45 +273,13 @@ inline void blend(float *total, float a, const float *part, float b, int n) {
     }
 }
 
-inline Kernels::Peak peak(const float *row, int n) {
-    Vec most = fill(-__builtin_inff());
-    for (int i = 0; i < n; i += LANES) {
-        const Vec v = n - i >= LANES ? load(row + i) : select(inside(i, 0, n), load_first(row + i, n - i), most);
-        most = larger(v, most);  // a NaN in `most` stays, one in v is lost here and found below
-    }
-    const float value = largest_of(most);
-    for (int i = 0; i < n; ++i) {
-        if (row[i] == value) {
-            return {value, i};
-        }
-    }
-    return {__builtin_nanf(""), 0};
-}
+#include "logit_rows.h"
 
-inline double sum_exp(const float *row, int n, float largest, float temperature) {
-    const Vec offset = fill(largest);
-    const Vec divisor = fill(temperature);
-    Sums sums;
-    for (int i = 0; i < n; i += LANES) {
-        const Vec e = exponential(divide(subtract(load_first(row + i, n - i), offset), divisor));
-        add_wide(sums, select(inside(i, 0, n), e, zero()));
-    }
-    return total(sums);
-}
-
-inline void weigh(const float *row, int n, float largest, float temperature, float *out) {
-    const Vec offset = fill(largest);
-    const Vec divisor = fill(temperature);
-    for (int i = 0; i < n; i += LANES) {
-        const Vec e = exponential(divide(subtract(load_first(row + i, n - i), offset), divisor));
-        store_first(out + i, e, n - i);
-    }
-}
-
-inline Kernels table_of(const char *name, Multiply bf16_product) {
+inline Kernels table_of(const char *name, Multiply bf16_product, Few few_floats, Few few_pairs) {
     return {
         .name = name,
         .multiply = {&multiply_rows<FloatPanel, float>, bf16_product, &multiply_rows<HalfPanel, float>},
+        .few = {few_floats, few_pairs, nullptr},
         .rms_norm = &rms_norm,
         .head_norm = &head_norm,
         .rotate = &rotate,
@@ -289,10 +290,12 @@ inline Kernels table_of(const char *name, Multiply bf16_product) {
         .pack_keys = &pack_keys,
         .pack_values = &pack_values,
         .softmax = &softmax,
+        .combine = &combine,
         .blend = &blend,
-        .exp_of = &exp_of,
         .peak = &peak,
-        .sum_exp = &sum_exp,
+        .block_sums = &block_sums,
         .weigh = &weigh,
+        .maxima = &maxima,
+        .collect = &collect,
     };
 }

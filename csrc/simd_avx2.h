@@ -19,8 +19,9 @@ inline Vec fused_negative(Vec a, Vec b, Vec c) { return _mm256_fnmadd_ps(a, b, c
 inline Vec larger(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 inline Vec smaller(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 inline Vec nearest(Vec a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-// Exponents in [-126, 127].
+// Exponents up to 127; below -126 the result is 0.
 inline Vec times_power_of_two(Vec a, Vec exponent) {
+    exponent = _mm256_max_ps(_mm256_set1_ps(-127.0F), exponent);
     const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(exponent), _mm256_set1_epi32(127));
     return _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23)));
 }
@@ -32,6 +33,11 @@ inline Mask inside(int start, int low, int high) {
     const __m256i from = _mm256_cmpgt_epi32(index, _mm256_set1_epi32(low - 1));
     return _mm256_castsi256_ps(_mm256_and_si256(from, _mm256_cmpgt_epi32(_mm256_set1_epi32(high), index)));
 }
+// Comparisons; false where either is NaN, which is what `unordered` finds.
+inline Mask at_least(Vec a, Vec b) { return _mm256_cmp_ps(a, b, _CMP_GE_OQ); }
+inline Mask equal(Vec a, Vec b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
+inline Mask unordered(Vec a, Vec b) { return _mm256_cmp_ps(a, b, _CMP_UNORD_Q); }
+inline unsigned bits_of(Mask mask) { return static_cast<unsigned>(_mm256_movemask_ps(mask)); }
 inline Vec select(Mask mask, Vec yes, Vec no) { return _mm256_blendv_ps(no, yes, mask); }
 inline __m256i first(int n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), indices()); }
 inline Vec load_first(const float *p, int n) { return _mm256_maskload_ps(p, first(n)); }

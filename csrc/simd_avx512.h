@@ -29,6 +29,11 @@ inline Mask inside(int start, int low, int high) {
     return _mm512_cmpge_epi32_mask(index, _mm512_set1_epi32(low)) &
            _mm512_cmplt_epi32_mask(index, _mm512_set1_epi32(high));
 }
+// Comparisons; false where either is NaN, which is what `unordered` finds.
+inline Mask at_least(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+inline Mask equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+inline Mask unordered(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q); }
+inline unsigned bits_of(Mask mask) { return mask; }
 inline Vec select(Mask mask, Vec yes, Vec no) { return _mm512_mask_blend_ps(mask, no, yes); }
 inline Vec load_first(const float *p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
 inline void store_first(float *p, Vec v, int n) { _mm512_mask_storeu_ps(p, first(n), v); }

@@ -18,6 +18,9 @@ constexpr int PANEL = 32;
 // Keys of one step of the online softmax, counted from position 0 of a sequence.
 constexpr int KEY_BLOCK = 128;
 
+// Logits whose weights are summed by themselves, so that a draw looks into one block only.
+constexpr int WEIGHT_BLOCK = 256;
+
 constexpr std::ptrdiff_t round_up(std::ptrdiff_t value, std::ptrdiff_t multiple) {
     return (value + multiple - 1) / multiple * multiple;
 }

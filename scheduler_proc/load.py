@@ -18,7 +18,7 @@ from engine.checkpoints.read_config import read_model_config
 from engine.config import ConfigError, RunConfig, ServerConfig
 from engine.kernels.choice import open_backend
 from engine.kernels.kv_cache import allocate_kv_cache, kv_bytes_per_token
-from engine.kernels.table import Program
+from engine.kernels.table import Backend, Program
 from engine.models.model import Model
 from engine.models.registry import build_model
 from engine.wire.lifecycle import Limits
@@ -33,19 +33,14 @@ MAX_RUNNING = 64
 CHUNK = 512
 """Default prompt tokens a step on a CPU: large enough for the GEMMs, small enough for the streams beside it."""
 
-_DTYPES = {
-    "half": torch.float16,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float": torch.float32,
-    "float32": torch.float32,
-}
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True, slots=True)
 class Engine:
     """A loaded model with its KV pool, and what both allow."""
 
+    backend: Backend
     program: Program
     limits: Limits
 
@@ -57,14 +52,14 @@ def load_engine(config: RunConfig, *, started: float) -> Engine:
     backend = open_backend(server.cpu_isa, server.cpu_threads)
     available = psutil.virtual_memory().available
     model_config = read_model_config(config.model, server.json_model_override_args)
-    dtype = model_dtype(server.dtype, model_config)
+    dtype = DTYPES[server.dtype]
     model = build_model(model_config, dtype=dtype, backend=backend)
     check_fits(model.weight_bytes, available)
     mark = time.monotonic()
     fill_weights(model, config, model_config)
     seconds["weights"] = time.monotonic() - mark
     mark = time.monotonic()
-    kv_dtype = dtype if server.kv_cache_dtype == "auto" else _DTYPES[server.kv_cache_dtype]
+    kv_dtype = dtype if server.kv_cache_dtype == "auto" else DTYPES[server.kv_cache_dtype]
     token_bytes = kv_bytes_per_token(model_config, kv_dtype)
     slots = pool_size(server, config.facts.context_length, token_bytes, model.weight_bytes, available)
     program = model.program(allocate_kv_cache(model_config, slots, kv_dtype, "cpu"))
@@ -85,18 +80,10 @@ def load_engine(config: RunConfig, *, started: float) -> Engine:
     logger.info(
         "%s, %s, on %s: weights %.2f GB, KV pool %.2f GB for %d tokens (%.1f GB were free); %s",
         model_config.architecture, str(dtype).removeprefix("torch."), backend.name, limits.weight_gb,
-        limits.kvcache_gb, slots, limits.available_gb, ", ".join(f"{name} {spent:.2f} s" for name, spent in seconds.items()),
+        limits.kvcache_gb, slots, limits.available_gb,
+        ", ".join(f"{name} {spent:.2f} s" for name, spent in seconds.items()),
     )  # fmt: skip
-    return Engine(program, limits)
-
-
-def model_dtype(flag: str, config: ModelConfig) -> torch.dtype:
-    """The dtype of weights and activations: the flag's, else the checkpoint's.
-
-    A GGUF file has none of its own; float32 holds its numbers as they are. (In bfloat16 the bundled model loses near
-    ties that it wins in float32: asked for the capital of France it does not say Paris.)
-    """
-    return _DTYPES[flag if flag != "auto" else config.dtype or "float32"]
+    return Engine(backend, program, limits)
 
 
 def fill_weights(model: Model, config: RunConfig, model_config: ModelConfig) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from engine.kernels.batch import RaggedBatch
-from engine.kernels.table import Program
+from engine.kernels.table import Backend, Program
 from scheduler_proc.planner import Extend
 from scheduler_proc.prompt_logprobs import record
 from scheduler_proc.request import Request
@@ -20,9 +20,10 @@ HEAD_ROWS = 128
 
 @dataclass(frozen=True, slots=True)
 class Runner:
-    """The model's step over its KV pool."""
+    """The model's step over its KV pool. backend: the program's, for the logprobs of prompts."""
 
     program: Program
+    backend: Backend
 
     def run(self, plan: list[Extend]) -> tuple[torch.Tensor, list[Request]]:
         """Compute one step: KV of every planned token, prompt logprobs where wanted.
@@ -54,7 +55,7 @@ class Runner:
             base = batch.query_starts[i] - request.computed
             for start in range(first, last, HEAD_ROWS):
                 rows = np.arange(base + start, base + min(start + HEAD_ROWS, last))
-                record(request, start, self.program.logits(rows))
+                record(self.backend, request, start, self.program.logits(rows))
 
 
 def ragged_batch(plan: list[Extend]) -> RaggedBatch:

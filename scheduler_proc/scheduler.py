@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from engine.kernels.table import Backend
 from engine.wire.results import Finish
 from engine.wire.sockets import Inbox, Outbox
 from engine.wire.to_detokenizer import NO_TOKEN, ToDetokenizer
@@ -57,6 +58,7 @@ class Scheduler:
     settings: SchedulerSettings
     planner: Planner
     runner: Runner
+    backend: Backend
     inbox: Inbox[ToScheduler]
     outbox: Outbox[ToDetokenizer]
     statistics: Statistics
@@ -218,7 +220,8 @@ class Scheduler:
     def _sample(self, logits: Any, requests: list[Request]) -> list[SampledRow]:
         if not requests:
             return []
-        return sample(logits, requests, self.settings.eos_ids, original_logprobs=self.settings.original_logprobs)
+        settings = self.settings
+        return sample(self.backend, logits, requests, settings.eos_ids, original_logprobs=settings.original_logprobs)
 
     def _store_prefills(self, plan: list[Extend]) -> None:
         """Share what a prefill has computed at once, not only when its request ends."""

@@ -41,7 +41,8 @@ def main(started: float) -> None:
     scheduler = Scheduler(
         settings=loop_settings,
         planner=Planner(planner_limits(config, engine), memory(config, engine)),
-        runner=Runner(engine.program),
+        runner=Runner(engine.program, engine.backend),
+        backend=engine.backend,
         inbox=inbox,
         outbox=Outbox(context, config.runtime_dir, "detokenizer"),
         statistics=Statistics(config.server.decode_log_interval),

@@ -26,20 +26,20 @@ def main() -> None:
     options = parser.parse_args()
     flags = ["--incremental-streaming-output"] if options.incremental else []
     with running_server("--log-level", "warning", "--dtype", options.dtype, *flags, model=options.model) as server:
-        run(_round(server, options.streams, 8))
+        run(stream_round(server, options.streams, 8))
         for _ in range(options.rounds):
-            before = _cpu(server)
+            before = cpu_seconds(server)
             started = time.monotonic()
-            run(_round(server, options.streams, options.tokens))
+            run(stream_round(server, options.streams, options.tokens))
             wall = time.monotonic() - started
             count = options.streams * options.tokens
-            spent = {name: 1e6 * (seconds - before[name]) / count for name, seconds in _cpu(server).items()}
+            spent = {name: 1e6 * (seconds - before[name]) / count for name, seconds in cpu_seconds(server).items()}
             outside = sum(cost for name, cost in spent.items() if not name.startswith("scheduler"))
             parts = ", ".join(f"{name} {cost:.1f}" for name, cost in spent.items())
             print(f"{count / wall:.0f} tok/s; CPU µs per streamed token outside the scheduler: {outside:.1f} ({parts})")
 
 
-async def _round(server: LiveServer, streams: int, tokens: int) -> None:
+async def stream_round(server: LiveServer, streams: int, tokens: int) -> None:
     target = parse_url(server.url)
 
     async def stream(number: int) -> None:
@@ -53,7 +53,7 @@ async def _round(server: LiveServer, streams: int, tokens: int) -> None:
     await asyncio.gather(*map(stream, range(streams)))
 
 
-def _cpu(server: LiveServer) -> dict[str, float]:
+def cpu_seconds(server: LiveServer) -> dict[str, float]:
     """Seconds that each process has spent on a CPU, by the kernel's run-time clock (ticks are too coarse)."""
     return {title: sum(_thread_seconds(pid)) for title, pid in server.pids.items()}
 

@@ -15,6 +15,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from engine.checkpoints.load_weights import random_weights
+from engine.checkpoints.weights import TensorPlace
 
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen2-0.5b": {
@@ -65,9 +66,9 @@ def write_checkpoint(folder: Path, shape: dict[str, Any], seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = {**shape, **_COMMON}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    places = {name: torch.empty(size, dtype=torch.bfloat16) for name, size in tensors_of(config).items()}
-    random_weights(places, seed)
-    save_file(places, folder / "model.safetensors", metadata={"format": "pt"})
+    tensors = {name: torch.empty(size, dtype=torch.bfloat16) for name, size in tensors_of(config).items()}
+    random_weights({name: TensorPlace(tensor) for name, tensor in tensors.items()}, seed)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     _write_tokenizer(folder)
 
 

@@ -17,5 +17,5 @@ BFLOAT16_ISAS = [*ISAS, *([EMULATED] if "avx512bf16" in ISAS else [])]
 
 @cache
 def backend(name: str, threads: int = 2) -> Backend:
-    """"reference" or an ISA, with a team that all tests share."""
+    """ "reference" or an ISA, with a team that all tests share."""
     return EagerBackend() if name == "reference" else open_cpu_backend(name, [], threads)

@@ -71,8 +71,6 @@ def read_facts(target: Target, *, started_here: bool) -> Facts:
     info = call_json(target, "GET", "/server_info")
     source, model = _read_model(info, started_here)
     dtype = str(info.get("dtype") or "auto")
-    if dtype == "auto":
-        dtype = (model.dtype if model is not None else None) or "float32"
     kv_dtype = str(info.get("kv_cache_dtype") or "auto")
     return Facts(
         name=str(info.get("served_model_name") or info.get("model_path")),

@@ -70,12 +70,16 @@ def config_of_gguf(files: list[tuple[Path, GgufHeader]]) -> GgufConfig:
         "bos_token_id": header.metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": _end_ids(general),
         "sliding_window": window or None,
+        "dtype": _dtype(header),
         **_rope(files, fields, head_dim),
     }
     biases = {"output_bias": "blk.0.attn_output.bias" in header.tensors}
     if raw["architectures"] == ["MistralForCausalLM"]:
         biases |= {"attention_bias": raw["attention_bias"], "mlp_bias": raw["mlp_bias"]}
     return GgufConfig(raw=raw, biases=biases)
+
+
+_PLAIN_KINDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def _architecture(arch: str, fields: Fields, window: int) -> str:
@@ -94,6 +98,12 @@ def _vocab_size(header: GgufHeader, fields: Fields) -> int:
         return embedding.shape[0]
     tokens = header.metadata.get("tokenizer.ggml.tokens")
     return len(tokens) if isinstance(tokens, list) else fields.positive("vocab_size")
+
+
+def _dtype(header: GgufHeader) -> str | None:
+    """The dtype that holds the file's matrices as they are; None: they are quantised."""
+    projection = header.tensors.get("blk.0.attn_q.weight")
+    return None if projection is None else _PLAIN_KINDS.get(KINDS[projection.kind][0])
 
 
 def _end_ids(general: Fields) -> list[int]:

@@ -39,7 +39,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     dtype: Annotated[
         str,
         Flag(
-            "type of weights and activations",
+            "type of weights and activations; auto: the checkpoint's, bfloat16 for quantised GGUF files",
             choices=("auto", "half", "float16", "bfloat16", "float", "float32"),
         ),
     ] = "auto"

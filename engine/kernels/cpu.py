@@ -14,7 +14,7 @@ from engine.kernels.batch import RaggedBatch
 from engine.kernels.kv_cache import KvCache
 from engine.kernels.packed import PackedMatrix, packed_matrix
 from engine.kernels.record import PANEL, Recorder
-from engine.kernels.table import Ops, Rows
+from engine.kernels.table import Doubles, Floats, Logprobs, Longs, Ops, Rows
 
 EMPTY = RaggedBatch(
     token_ids=torch.zeros(1, dtype=torch.int64),
@@ -59,6 +59,7 @@ class CpuBackend:
 
     isa: str
     team: _cpu.Team
+    sampling: _cpu.Sampling
 
     @property
     def name(self) -> str:
@@ -85,6 +86,45 @@ class CpuBackend:
         logits = head(ops, step(ops, EMPTY, cache))
         return PlanProgram(plan, recorder, logits.buffer)
 
+    def best(self, logits: torch.Tensor) -> tuple[Longs, Floats]:
+        ids, peaks = np.empty(len(logits), np.int64), np.empty(len(logits), np.float32)
+        self.sampling.best(logits.numpy(), ids, peaks)
+        return ids, peaks
+
+    def draw(
+        self,
+        logits: torch.Tensor,
+        rows: Longs,
+        temperatures: Doubles,
+        top_ks: Longs,
+        top_ps: Doubles,
+        min_ps: Doubles,
+        uniforms: Doubles,
+    ) -> Longs:
+        drawn = np.empty(len(rows), np.int64)
+        self.sampling.draw(logits.numpy(), rows, temperatures, top_ks, top_ps, min_ps, uniforms, drawn)
+        return drawn
+
+    def logprobs(
+        self,
+        logits: torch.Tensor,
+        rows: Longs,
+        temperatures: Doubles,
+        tokens: Longs,
+        tops: Longs,
+        id_counts: Longs,
+        ids: Longs,
+    ) -> Logprobs:
+        top = int(tops.sum())
+        found = Logprobs(
+            tokens=np.empty(len(rows), np.float32),
+            top_ids=np.empty(top, np.int64),
+            tops=np.empty(top, np.float32),
+            ids=np.empty(len(ids), np.float32),
+        )
+        self.sampling.logprobs(logits.numpy(), rows, temperatures, tokens, tops, id_counts, ids, *found)
+        return found
+
 
 def open_cpu_backend(isa: str, cores: list[int], threads: int) -> CpuBackend:
     """Start the team. cores: where its threads are pinned as far as there is one for each.
@@ -92,5 +132,4 @@ def open_cpu_backend(isa: str, cores: list[int], threads: int) -> CpuBackend:
     Raises ValueError for an ISA that this machine cannot run.
     """
     team = _cpu.Team(threads, cores if threads <= len(cores) else [])
-    _cpu.Plan(team, isa)  # refuses what cannot be run
-    return CpuBackend(isa, team)
+    return CpuBackend(isa, team, _cpu.Sampling(team, isa))  # refuses what cannot be run

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from engine.kernels import reference
+from engine.kernels import reference, reference_sampling
 from engine.kernels.batch import RaggedBatch
 from engine.kernels.dense import DenseMatrix
 from engine.kernels.kv_cache import KvCache
-from engine.kernels.table import Ops, Rows
+from engine.kernels.table import Doubles, Floats, Logprobs, Longs, Ops, Rows
 
 
 @dataclass(slots=True)
@@ -59,3 +59,30 @@ class EagerBackend:
         dtype: torch.dtype,
     ) -> EagerProgram:
         return EagerProgram(step, head, cache)
+
+    def best(self, logits: torch.Tensor) -> tuple[Longs, Floats]:
+        return reference_sampling.best(logits)
+
+    def draw(
+        self,
+        logits: torch.Tensor,
+        rows: Longs,
+        temperatures: Doubles,
+        top_ks: Longs,
+        top_ps: Doubles,
+        min_ps: Doubles,
+        uniforms: Doubles,
+    ) -> Longs:
+        return reference_sampling.draw(logits, rows, temperatures, top_ks, top_ps, min_ps, uniforms)
+
+    def logprobs(
+        self,
+        logits: torch.Tensor,
+        rows: Longs,
+        temperatures: Doubles,
+        tokens: Longs,
+        tops: Longs,
+        id_counts: Longs,
+        ids: Longs,
+    ) -> Logprobs:
+        return reference_sampling.logprobs(logits, rows, temperatures, tokens, tops, id_counts, ids)

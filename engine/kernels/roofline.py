@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+import statistics
 from dataclasses import dataclass
 
-import torch
-
 _READ_BYTES = 512 << 20
-_SIZE = 1024
 _TRIES = 5
+_DTYPES = {"bfloat16": 1, "float32": 0}
 
 
 @dataclass(frozen=True)
@@ -23,29 +20,23 @@ class Roofline:
     matmul: dict[str, float]
 
 
-def measure_roofline(threads: int) -> Roofline:
-    """The best of some tries each, on `threads` threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        data = torch.ones(_READ_BYTES // 4, dtype=torch.float32)
-        bandwidth = _READ_BYTES / _least_seconds(data.sum)
-        del data
-        matmul = {str(dtype).removeprefix("torch."): _matmul(dtype) for dtype in (torch.bfloat16, torch.float32)}
-        return Roofline(threads, torch.backends.cpu.get_cpu_capability().lower(), bandwidth, matmul)
-    finally:
-        torch.set_num_threads(before)
+def measure_roofline(threads: int, isa: str | None = None) -> Roofline:
+    """The median of some tries each, on `threads` threads, with the instructions of `isa` (None: the best there are).
 
+    Memory is read from huge pages, far more of it than the caches hold; products are those of the kernels themselves
+    on operands that stay in the first-level cache. Raises ImportError where the kernels are not installed, and
+    ValueError for an ISA that this machine cannot run.
+    """
+    from engine.kernels import _cpu
 
-def _matmul(dtype: torch.dtype) -> float:
-    left, right = (torch.randn(_SIZE, _SIZE).to(dtype) for _ in range(2))
-    return float(2 * _SIZE**3 / _least_seconds(lambda: torch.mm(left, right)))
-
-
-def _least_seconds(work: Callable[[], object]) -> float:
-    times = []
-    for _ in range(_TRIES):
-        began = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - began)
-    return min(times)
+    usable = _cpu.usable_isas()
+    if isa is None and not usable:
+        raise ValueError("this machine has no AVX2, which the kernels need")
+    chosen = isa or usable[0]
+    team = _cpu.Team(threads, [])
+    bandwidth = statistics.median(_cpu.read_rate(team, _READ_BYTES) for _ in range(_TRIES))
+    matmul = {
+        name: statistics.median(_cpu.product_rate(team, chosen, number) for _ in range(_TRIES))
+        for name, number in _DTYPES.items()
+    }
+    return Roofline(threads, chosen, bandwidth, matmul)

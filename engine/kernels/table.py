@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -25,7 +25,10 @@ from engine.checkpoints.weights import Place
 from engine.kernels.batch import RaggedBatch
 from engine.kernels.kv_cache import KvCache
 
-Rows = NDArray[np.int64]
+Longs = NDArray[np.int64]
+Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+Rows = Longs
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +52,19 @@ class Matrix(Protocol):
     def bias(self, start: int, stop: int) -> Place:
         """The place of the bias of these rows. Raises ValueError for a matrix without one."""
         ...
+
+
+class Logprobs(NamedTuple):
+    """Log-probabilities of N rows, float32; what is of many per row lies end to end.
+
+    tokens: [N]. top_ids, tops: the most likely ids and theirs, most likely first, the lower id first among equals.
+    ids: of the ids asked for.
+    """
+
+    tokens: Floats
+    top_ids: Longs
+    tops: Floats
+    ids: Floats
 
 
 class Program(Protocol):
@@ -169,5 +185,53 @@ class Backend(Protocol):
         """Make a program of a model's two functions: a step → hidden [T, H], and rows of hidden [R, H] → logits.
 
         Both consist of calls of ops. They may be called once, now, or at each step. dtype: of the model's weights.
+        """
+        ...
+
+    def best(self, logits: torch.Tensor) -> tuple[Longs, Floats]:
+        """The largest of each row of logits and its id: int64 [R], float32 [R].
+
+        logits, here and below: float32 [R, V], rows perhaps further apart than V. Among equals the lower id is best;
+        a row with a NaN in it has a NaN and id 0. A row's results never depend on the rows beside it.
+        """
+        ...
+
+    def draw(
+        self,
+        logits: torch.Tensor,
+        rows: Longs,
+        temperatures: Doubles,
+        top_ks: Longs,
+        top_ps: Doubles,
+        min_ps: Doubles,
+        uniforms: Doubles,
+    ) -> Longs:
+        """Draw an id from each of N rows: int64 [N]. The other arguments are columns [N].
+
+        With weights w = exp((z - max z) / temperature), float32 (0 where that underflows or z - max z overflows), and
+        sums of them in float64 and a fixed order: top_k (at least 1; -1 for all) keeps that many of the largest z, the
+        lower id first among equals; top_p in (0, 1] keeps, of those in that order, the ones with no more than top_p of
+        the sum of all w before them; min_p in [0, 1] keeps those with w at least min_p. The id is the one in which
+        `uniform` in [0, 1) of the sum of what is kept falls, counted by ascending id where top_k and top_p cannot cut
+        (top_k -1 or at least V, top_p 1), else in the order of ranks. An id of weight 0 is never drawn. Temperatures
+        are above 0; those beyond float32 are as its largest. A row whose largest is not finite gives the id of `best`.
+        """
+        ...
+
+    def logprobs(
+        self,
+        logits: torch.Tensor,
+        rows: Longs,
+        temperatures: Doubles,
+        tokens: Longs,
+        tops: Longs,
+        id_counts: Longs,
+        ids: Longs,
+    ) -> Logprobs:
+        """The log of the softmax of z / temperature for some ids of each of N rows.
+
+        tokens [N]: an id of each row. tops [N]: how many of the most likely ids, at most V. ids: further ids of all
+        rows, end to end, id_counts [N] for each. Sums of exponentials are in float64 and a fixed order. A row whose
+        largest is not finite has NaN throughout, and 0, 1, ... as its most likely ids.
         """
         ...

@@ -17,6 +17,7 @@ from engine.config.checks import SERVED_POLICIES
 from engine.config.environment import switch
 from engine.kernels.cores import physical_cores
 
+QUANTISED_DTYPE = "bfloat16"
 _DTYPES = {"half": "float16", "float": "float32"}
 
 
@@ -55,7 +56,7 @@ def resolve(config: ServerConfig) -> Resolved:
         is_generation=not config.is_embedding,
         eos_ids=_eos_ids(model_config, tokenizer),
     )
-    return Resolved(_filled_in(config, model, context_length), model, tokenizer, facts, warnings)
+    return Resolved(_filled_in(config, model, model_config, context_length), model, tokenizer, facts, warnings)
 
 
 def _check_files(config: ServerConfig) -> None:
@@ -97,7 +98,9 @@ def _eos_ids(model: ModelConfig, tokenizer: ModelSource | None) -> list[int]:
     return sorted(token for token in found if token < model.vocab_size)
 
 
-def _filled_in(config: ServerConfig, model: ModelSource, context_length: int) -> ServerConfig:
+def _filled_in(
+    config: ServerConfig, model: ModelSource, model_config: ModelConfig, context_length: int
+) -> ServerConfig:
     bundled = config.model_path is None
     return msgspec.structs.replace(
         config,
@@ -107,7 +110,7 @@ def _filled_in(config: ServerConfig, model: ModelSource, context_length: int) ->
         served_model_name=config.served_model_name
         or (Path(model.path).name.partition(".")[0] if bundled else model.name),
         context_length=context_length,
-        dtype=_DTYPES.get(config.dtype, config.dtype),
+        dtype=_dtype(config.dtype, model_config),
         max_prefill_tokens=max(config.max_prefill_tokens, context_length),
         schedule_policy=config.schedule_policy if config.schedule_policy in SERVED_POLICIES else "fcfs",
         page_size=1,
@@ -117,3 +120,10 @@ def _filled_in(config: ServerConfig, model: ModelSource, context_length: int) ->
         cpu_threads=config.cpu_threads or len(physical_cores()),
         log_level_http=config.log_level_http or config.log_level,
     )
+
+
+def _dtype(flag: str, model: ModelConfig) -> str:
+    """The flag's, else the checkpoint's. Rounding to bfloat16 is nothing beside the quantisation of a GGUF file."""
+    if flag == "auto":
+        return model.dtype or QUANTISED_DTYPE
+    return _DTYPES.get(flag, flag)

@@ -88,9 +88,7 @@ def gated_mlp(ops: Ops, weights: MlpWeights, x: torch.Tensor) -> torch.Tensor:
     return ops.linear(ops.gated_linear(x, weights.gate_up), weights.down)
 
 
-def build_decoder(
-    config: ModelConfig, traits: DecoderTraits, *, dtype: torch.dtype, backend: Backend
-) -> Decoder:
+def build_decoder(config: ModelConfig, traits: DecoderTraits, *, dtype: torch.dtype, backend: Backend) -> Decoder:
     """Allocate a decoder. Raises CheckpointError where the config asks for what a decoder of this shape has not."""
     _check(config, traits)
     weights, places = allocate_decoder(config, traits, dtype, backend)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
+import torch
+
 from engine.checkpoints.model_config import ModelConfig
 from engine.checkpoints.weights import Place
 from engine.kernels.kv_cache import KvCache
-from engine.kernels.table import Program
+from engine.kernels.table import Backend, Program
 
 
 class Model(Protocol):
@@ -16,6 +18,16 @@ class Model(Protocol):
 
     @property
     def config(self) -> ModelConfig: ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the matrices."""
+        ...
+
+    @property
+    def backend(self) -> Backend:
+        """What computes the model, and samples from its logits."""
+        ...
 
     @property
     def places(self) -> Mapping[str, Place]:

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from engine.kernels.batch import RaggedBatch
-from engine.kernels.table import Program, Rows
+from engine.kernels.eager import EagerBackend
+from engine.kernels.table import Backend, Program, Rows
 from engine.wire.results import Finish, TokenLogprobs
 from engine.wire.sampling import LogprobOptions, Sampling, TextOptions
 from engine.wire.to_detokenizer import NO_TOKEN, Opened, StepOutput
@@ -101,14 +102,21 @@ def simulated_scheduler(pool: int, *, reuse: bool = True, **limits: Any) -> tupl
     """A scheduler over `pool` slots and the fake model; `limits` are fields of `PlannerLimits`."""
     model = HashModel(pool)
     longest = min(200, pool) - 1
-    scheduler, sent = scheduler_over(model, pool, longest=longest, eos_ids=[EOS], reuse=reuse, **limits)
+    scheduler, sent = scheduler_over(EagerBackend(), model, pool, longest=longest, eos_ids=[EOS], reuse=reuse, **limits)
     return scheduler, sent, model
 
 
 def scheduler_over(
-    program: Program, pool: int, *, longest: int, eos_ids: list[int], reuse: bool = True, **limits: Any
+    backend: Backend,
+    program: Program,
+    pool: int,
+    *,
+    longest: int,
+    eos_ids: list[int],
+    reuse: bool = True,
+    **limits: Any,
 ) -> tuple[Scheduler, Sent]:
-    """A scheduler over a model's program, without processes or sockets."""
+    """A scheduler over a program of a backend, without processes or sockets."""
     sent = Sent()
     defaults: dict[str, Any] = {"prefill_budget": 16, "chunked": True, "max_running": 8}
     scheduler = Scheduler(
@@ -126,7 +134,8 @@ def scheduler_over(
             report={},
         ),
         planner=Planner(PlannerLimits(**(defaults | limits)), KvMemory(pool, reuse=reuse)),
-        runner=Runner(program),
+        runner=Runner(program, backend),
+        backend=backend,
         inbox=None,  # type: ignore[arg-type]
         outbox=sent,  # type: ignore[arg-type]
         statistics=Statistics(10**9),

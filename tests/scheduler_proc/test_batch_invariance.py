@@ -138,10 +138,10 @@ def answer(sent: Sent, key: int) -> Answer:
 
 
 def serve(model: Model, setup: Setup) -> tuple[Scheduler, Sent]:
-    kv_cache = allocate_kv_cache(model.config, setup.pool, model.dtype, "cpu")  # type: ignore[attr-defined]
+    kv_cache = allocate_kv_cache(model.config, setup.pool, model.dtype, "cpu")
     return scheduler_over(
-        model.program(kv_cache), setup.pool, longest=min(LONGEST, setup.pool - 1), eos_ids=[], reuse=setup.reuse,
-        prefill_budget=setup.budget, max_running=setup.running,
+        model.backend, model.program(kv_cache), setup.pool, longest=min(LONGEST, setup.pool - 1), eos_ids=[],
+        reuse=setup.reuse, prefill_budget=setup.budget, max_running=setup.running,
     )  # fmt: skip
 
 

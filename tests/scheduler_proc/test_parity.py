@@ -65,7 +65,7 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def serve(model: Model, pool: int, **limits: Any) -> tuple[Scheduler, Sent]:
     cache = allocate_kv_cache(model.config, pool, torch.float32, "cpu")
-    return scheduler_over(model.program(cache), pool, longest=min(1000, pool - 1), eos_ids=[], **limits)
+    return scheduler_over(model.backend, model.program(cache), pool, longest=min(1000, pool - 1), eos_ids=[], **limits)
 
 
 def prompts(model: Model, count: int) -> list[list[int]]:

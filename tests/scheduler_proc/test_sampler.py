@@ -8,17 +8,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from backends import ISAS, backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulation import admit
 
-from engine.wire.results import FLOAT32_MIN
+from engine.kernels.reference_sampling import best_ids
+from engine.kernels.table import Backend
+from engine.wire.results import FLOAT32_MIN, TokenLogprobs
 from engine.wire.sampling import LogprobOptions, Sampling
-from scheduler_proc.ranking import best_ids
+from scheduler_proc.prompt_logprobs import record
 from scheduler_proc.request import Request, new_request
-from scheduler_proc.sampler import adjust, draw, output_logprobs, sample
+from scheduler_proc.sampler import adjust, output_logprobs, sample
 
 LOGITS = st.lists(st.integers(-20, 20).map(lambda n: n / 2), min_size=1, max_size=40)
+BACKENDS = [backend("reference"), *(backend(isa) for isa in ISAS[:1])]
+EACH_BACKEND = pytest.mark.parametrize("ops", BACKENDS, ids=lambda ops: ops.name)
 PARAMETERS = st.fixed_dictionaries(
     {
         "temperature": st.sampled_from([0.3, 1.0, 2.5]),
@@ -27,6 +32,20 @@ PARAMETERS = st.fixed_dictionaries(
         "min_p": st.sampled_from([0.0, 0.2, 1.0]),
     }
 )
+
+
+def draw(ops: Backend, row: torch.Tensor, sampling: Sampling, draws: list[float]) -> list[int]:
+    """The ids that `ops` draws from one row of logits [V], for each of `draws` in [0, 1)."""
+    count = len(draws)
+    return ops.draw(
+        row[None],
+        np.zeros(count, np.int64),
+        np.full(count, sampling.temperature),
+        np.full(count, sampling.top_k),
+        np.full(count, sampling.top_p),
+        np.full(count, sampling.min_p),
+        np.array(draws),
+    ).tolist()
 
 
 def naive_distribution(logits: list[float], parameters: Sampling) -> dict[int, float]:
@@ -48,29 +67,34 @@ def naive_distribution(logits: list[float], parameters: Sampling) -> dict[int, f
     return {t: probabilities[t] / total for t in kept}
 
 
+@EACH_BACKEND
 @settings(max_examples=80, deadline=None)
 @given(LOGITS, PARAMETERS)
-def test_draws_follow_the_filtered_distribution(logits: list[float], parameters: dict[str, float]) -> None:
+def test_draws_follow_the_filtered_distribution(
+    ops: Backend, logits: list[float], parameters: dict[str, float]
+) -> None:
     sampling = Sampling(**parameters)  # type: ignore[arg-type]
     expected = naive_distribution(logits, sampling)
     row = torch.tensor(logits, dtype=torch.float32)
     steps = 200
-    drawn = [draw(row, sampling, (i + 0.5) / steps) for i in range(steps)]
+    drawn = draw(ops, row, sampling, [(i + 0.5) / steps for i in range(steps)])
     for token in set(drawn) | set(expected):
         assert drawn.count(token) / steps == pytest.approx(expected.get(token, 0.0), abs=2.5 / steps)
 
 
-def test_the_whole_unit_interval_is_safe() -> None:
+@EACH_BACKEND
+def test_the_whole_unit_interval_is_safe(ops: Backend) -> None:
     row = torch.full((100,), -torch.inf)
     row[3] = row[50] = 0.0
-    for uniform in (0.0, 0.49999, 0.5, np.nextafter(1.0, 0.0)):
-        assert draw(row, Sampling(), float(uniform)) in (3, 50)
-        assert draw(row, Sampling(top_p=0.99), float(uniform)) in (3, 50)
+    draws = [0.0, 0.49999, 0.5, float(np.nextafter(1.0, 0.0))]
+    assert draw(ops, row, Sampling(), draws) == [3, 3, 50, 50]
+    assert draw(ops, row, Sampling(top_p=0.99), draws) == [3, 3, 50, 50]
 
 
-def test_a_nucleus_wider_than_the_first_guess() -> None:
+@EACH_BACKEND
+def test_a_nucleus_wider_than_the_first_guess(ops: Backend) -> None:
     row = torch.zeros(1024)
-    drawn = {draw(row, Sampling(top_p=0.5), (i + 0.5) / 1024) for i in range(1024)}
+    drawn = set(draw(ops, row, Sampling(top_p=0.5), [(i + 0.5) / 1024 for i in range(1024)]))
     assert drawn == set(range(513))
 
 
@@ -78,7 +102,7 @@ def test_a_nucleus_wider_than_the_first_guess() -> None:
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=50), st.integers(0, 60))
 def test_best_ids_breaks_ties_by_the_lower_id(scores: list[int], count: int) -> None:
     expected = sorted(range(len(scores)), key=lambda t: (-scores[t], t))[:count]
-    assert best_ids(torch.tensor(scores, dtype=torch.float32), count).tolist() == expected
+    assert best_ids(np.array(scores, np.float32), count).tolist() == expected
 
 
 def _request(output: list[int], **sampling: object) -> Request:
@@ -137,51 +161,107 @@ def test_resumed_output_counts_for_the_penalties() -> None:
     assert row.tolist() == [0.0, 0.0, -2.0, -1.0, 0.0]
 
 
+@EACH_BACKEND
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**32), st.integers(0, 2**63 - 1))
-def test_a_row_is_sampled_alike_in_any_company(noise: int, seed: int) -> None:
+def test_a_row_is_sampled_alike_in_any_company(ops: Backend, noise: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(noise)
     logits = torch.randn(7, 100, generator=generator) * 3
     requests = [
-        _request([5] * i, temperature=1.3, seed=seed - i, top_p=0.9 if i % 2 else 1.0, frequency_penalty=0.5)
+        _request(
+            [5] * i,
+            temperature=1.3 if i != 4 else 0.0,
+            seed=seed - i,
+            top_p=0.9 if i % 2 else 1.0,
+            frequency_penalty=0.5,
+            logprobs=LogprobOptions(top=i, ids=[7, 0][:i]) if i % 3 else None,
+        )
         for i in range(7)
     ]
-    together = sample(logits.clone(), requests, [0], original_logprobs=False)
+    together = sample(ops, logits.clone(), requests, [0], original_logprobs=False)
     for i, request in enumerate(requests):
-        (alone,) = sample(logits[i : i + 1].clone(), [request], [0], original_logprobs=False)
+        (alone,) = sample(ops, logits[i : i + 1].clone(), [request], [0], original_logprobs=False)
         assert alone == together[i]
 
 
-def test_negative_seeds_and_positions_change_the_draw() -> None:
+@EACH_BACKEND
+def test_negative_seeds_and_positions_change_the_draw(ops: Backend) -> None:
     logits = torch.zeros(1, 1000)
     tokens = set()
     for seed in (-(2**63), -1, 0, 1, 2**63 - 1):
         for output in ([], [1]):
             request = _request(output, seed=seed, temperature=1.0)
-            tokens.add(sample(logits.clone(), [request], [], original_logprobs=False)[0].token)
+            tokens.add(sample(ops, logits.clone(), [request], [], original_logprobs=False)[0].token)
     assert len(tokens) > 8
 
 
-def test_rows_that_are_not_finite_have_no_token() -> None:
-    logits = torch.zeros(3, 4)
+@EACH_BACKEND
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_that_are_not_finite_have_no_token(ops: Backend, temperature: float) -> None:
+    logits = torch.zeros(4, 4)
     logits[0, 2] = torch.nan
     logits[1] = -torch.inf
-    rows = sample(logits, [_request([], temperature=0.0) for _ in range(3)], [], original_logprobs=False)
-    assert [row.token for row in rows] == [None, None, 0]
+    logits[2, 3] = torch.inf
+    logits[3, 1:] = -torch.inf
+    requests = [_request([], temperature=temperature, logprobs=LogprobOptions(top=1)) for _ in range(4)]
+    rows = sample(ops, logits, requests, [], original_logprobs=False)
+    assert [row.token for row in rows] == [None, None, None, 0]
+    assert [row.logprobs is None for row in rows] == [True, True, True, False]
 
 
-def test_logprobs_of_an_output_position() -> None:
+@pytest.mark.parametrize(("temperature", "original", "scale"), [(0.0, False, 1.0), (0.5, False, 0.5), (0.5, True, 1.0)])
+@EACH_BACKEND
+def test_logprobs_before_or_after_temperature(ops: Backend, temperature: float, original: bool, scale: float) -> None:
+    logits = torch.tensor([[0.0, 2.0, -1.0]])
+    request = _request([], temperature=temperature, logprobs=LogprobOptions(top=5, ids=[2, 2]))
+    (row,) = sample(ops, logits.clone(), [request], [], original_logprobs=original)
+    expected = torch.log_softmax(logits[0] / scale, dim=-1).tolist()
+    assert row.token is not None and row.logprobs is not None and row.logprobs.top is not None
+    assert row.logprobs.logprob == pytest.approx(expected[row.token])
+    assert row.logprobs.top == [(pytest.approx(expected[token]), token) for token in (1, 0, 2)]
+    assert row.logprobs.ids == [(pytest.approx(expected[2]), 2)] * 2
+
+
+@EACH_BACKEND
+def test_prompt_logprobs_come_from_raw_logits(ops: Backend) -> None:
+    request = new_request(
+        admit(1, [3, 1, 2, 0], new=4, temperature=0.3, logprobs=LogprobOptions(start=0, top=2, ids=[2])), 1, 99
+    )
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0], [1.0, 1.0, -torch.inf, 0.0], [4.0, 0.0, 0.0, 0.0]])
+    record(ops, request, 0, logits[:2])
+    record(ops, request, 2, logits[2:])
+    expected = torch.log_softmax(logits.double(), dim=-1)
+    entries = request.prompt_logprobs
+    assert entries is not None and entries.top is not None and entries.ids is not None
+    assert entries.tokens == [
+        (None, 3),
+        (pytest.approx(expected[0, 1].item()), 1),
+        (FLOAT32_MIN, 2),
+        (pytest.approx(expected[2, 0].item()), 0),
+    ]
+    assert [top and [token for _, token in top] for top in entries.top] == [None, [3, 2], [0, 1], [0, 1]]
+    assert entries.ids[1:] == [
+        [(pytest.approx(value) if value > -torch.inf else FLOAT32_MIN, 2)] for value in expected[:, 2].tolist()
+    ]
+
+
+@EACH_BACKEND
+def test_logprobs_of_an_output_position(ops: Backend) -> None:
+    def of_row(token: int, temperature: float, wanted: LogprobOptions) -> TokenLogprobs:
+        return output_logprobs(ops, row[None], [0], [token], [temperature], [wanted])[0]
+
     row = torch.tensor([0.0, 2.0, 2.0, -torch.inf])
     expected = torch.log_softmax(row / 0.5, dim=-1).tolist()
-    found = output_logprobs(row, 2, 0.5, LogprobOptions(top=3, ids=[3, 0]))
+    found = of_row(2, 0.5, LogprobOptions(top=3, ids=[3, 0]))
     assert found.logprob == pytest.approx(expected[2])
     assert found.top is not None and [token for _, token in found.top] == [1, 2, 0]
     assert found.ids == [(FLOAT32_MIN, 3), (pytest.approx(expected[0]), 0)]
-    greedy = output_logprobs(row, 1, 0.0, LogprobOptions(top=1))
+    greedy = of_row(1, 1.0, LogprobOptions(top=1))
     assert greedy.top == [(greedy.logprob, 1)]
     assert greedy.logprob == pytest.approx(torch.log_softmax(row, dim=-1)[1].item())
 
 
+@EACH_BACKEND
 @pytest.mark.parametrize("temperature", [0.0, 2e-6, 0.5, 1.0, 1e308])
 @pytest.mark.parametrize(
     "parameters",
@@ -192,12 +272,12 @@ def test_logprobs_of_an_output_position() -> None:
         {"logit_bias": {"0": -1e308, "1": -1e308}, "min_new_tokens": 4, "stop_token_ids": [7]},
     ],
 )
-def test_extremes_neither_overflow_nor_fail(temperature: float, parameters: dict[str, Any]) -> None:
+def test_extremes_neither_overflow_nor_fail(ops: Backend, temperature: float, parameters: dict[str, Any]) -> None:
     wanted = LogprobOptions(top=3)
     request = new_request(
         admit(1, [1, 3], earlier=[2], logprobs=wanted, **{"temperature": temperature, **parameters}), 1, 9
     )
-    (row,) = sample(torch.tensor([[0.5, 1.0, 0.0]]), [request], [9, -4], original_logprobs=False)
+    (row,) = sample(ops, torch.tensor([[0.5, 1.0, 0.0]]), [request], [9, -4], original_logprobs=False)
     assert row.token == 2 or (temperature == 1e308 and row.token is not None)
     assert row.logprobs is not None and row.logprobs.top is not None
     assert all(FLOAT32_MIN <= logprob <= 0 for logprob, _ in row.logprobs.top)

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from backends import ISAS, backend
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from backends import ISAS, backend
 from tiny_models import load_oracle, tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3
 
 from engine.checkpoints.model_config import ModelConfig
