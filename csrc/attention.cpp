@@ -92,6 +92,22 @@ float *record_of(const Attention &attention, float *records, int record, int hea
            static_cast<std::ptrdiff_t>(head) * (attention.depth() + PANEL / 2);
 }
 
+HeadRows head_rows(const LayerPool &pool, const char *base, int kv_head) {
+    return {base + kv_head * pool.head_stride, pool.slot_stride, pool.type};
+}
+
+// The first block of keys of a chunk, which this thread will probably work on next; nothing where there is none.
+Ahead first_keys(const Attention &attention, const AttentionLayout &layout, int chunk) {
+    const auto index = static_cast<std::size_t>(chunk / attention.kv_heads);
+    if (index >= layout.items.size()) {
+        return {{}, nullptr, 0};
+    }
+    const AttentionItem &item = layout.items[index];
+    const int start = item.first_block * KEY_BLOCK;
+    return {head_rows(attention.pool, attention.pool.keys, chunk % attention.kv_heads), item.slots + start,
+            std::min(KEY_BLOCK, item.keys - start)};
+}
+
 }  // namespace
 
 std::size_t attention_scratch(const Attention &attention) { return lay_out(attention, nullptr, nullptr); }
@@ -100,7 +116,7 @@ std::size_t record_floats(const Attention &attention) {
     return static_cast<std::size_t>(attention.heads) * static_cast<std::size_t>(attention.depth() + PANEL / 2);
 }
 
-void attend(const Attention &attention, const Kernels &kernels, const AttentionLayout &layout, int chunk,
+void attend(const Attention &attention, const Kernels &kernels, const AttentionLayout &layout, int chunk, int threads,
             float *records, char *scratch) {
     const AttentionItem &item = layout.items[static_cast<std::size_t>(chunk / attention.kv_heads)];
     const TokenRow *tokens = layout.rows.data() + item.first_row;
@@ -121,9 +137,9 @@ void attend(const Attention &attention, const Kernels &kernels, const AttentionL
                     static_cast<std::size_t>(group * depth * size));
     }
     forget(work, rows);
-    const LayerPool &pool = attention.pool;
-    const HeadRows keys{pool.keys + kv_head * pool.head_stride, pool.slot_stride, pool.type};
-    const HeadRows values{pool.values + kv_head * pool.head_stride, pool.slot_stride, pool.type};
+    const HeadRows keys = head_rows(attention.pool, attention.pool.keys, kv_head);
+    const HeadRows values = head_rows(attention.pool, attention.pool.values, kv_head);
+    const Ahead later = first_keys(attention, layout, chunk + threads);
 
     for (int block = item.first_block; block < item.last_block; ++block) {
         const int start = block * KEY_BLOCK;
@@ -132,8 +148,9 @@ void attend(const Attention &attention, const Kernels &kernels, const AttentionL
         const std::int64_t *slots = item.slots + start;
         // While the keys are read their values are fetched, and while these are read the next block's keys.
         const Ahead own_values{values, slots, count};
-        const Ahead next_keys{keys, slots + KEY_BLOCK,
-                              block + 1 < item.last_block ? std::min(KEY_BLOCK, item.keys - start - KEY_BLOCK) : 0};
+        const bool last = block + 1 == item.last_block;
+        const Ahead next_keys =
+            last ? later : Ahead{keys, slots + KEY_BLOCK, std::min(KEY_BLOCK, item.keys - start - KEY_BLOCK)};
         FewRows few{work.queries,       rows,        static_cast<int>(depth * size / 4), slots, count, own_values,
                     attention.head_dim, work.scores, KEY_BLOCK};
         const Few directly = kernels.few[static_cast<int>(type)];

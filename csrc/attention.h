@@ -32,7 +32,7 @@ std::size_t record_floats(const Attention &attention);
 // One item for one key head. For each block of KEY_BLOCK keys, counted from position 0: scores, softmax of the block
 // alone, weighted values. Blocks are then put together in ascending order by the online softmax (Milakov, Gimelshein
 // 2018, arXiv:1805.02867), here or, where several items share a token, in `merge`: the arithmetic is the same.
-void attend(const Attention &attention, const Kernels &kernels, const AttentionLayout &layout, int chunk,
+void attend(const Attention &attention, const Kernels &kernels, const AttentionLayout &layout, int chunk, int threads,
             float *records, char *scratch);
 
 // Put together the records of one token and key head.

@@ -149,16 +149,19 @@ void write(Plan &plan, int index, nb::ndarray<const float, nb::ndim<2>, nb::c_co
 }
 
 void bind_matrix(nb::module_ &module) {
+    nb::class_<Arena>(module, "Arena", "Memory that matrices share; see csrc/memory.h").def(nb::init<>());
     nb::class_<Matrix>(module, "Matrix", "Packed weights [outputs, inputs]; see csrc/matrix.h")
         .def(
             "__init__",
-            [](Matrix *self, int outputs, int inputs, int dtype, bool gated, bool biased) {
+            [](Matrix *self, int outputs, int inputs, int dtype, bool gated, bool biased, Arena *arena) {
                 if (outputs < 1 || inputs < 1) {
                     throw std::invalid_argument("outputs and inputs must be at least 1");
                 }
-                new (self) Matrix(outputs, inputs, dtype_of(dtype), gated, biased);
+                Arena own;
+                new (self) Matrix(arena == nullptr ? own : *arena, outputs, inputs, dtype_of(dtype), gated, biased);
             },
-            nb::arg("outputs"), nb::arg("inputs"), nb::arg("dtype"), nb::arg("gated"), nb::arg("biased"))
+            nb::arg("outputs"), nb::arg("inputs"), nb::arg("dtype"), nb::arg("gated"), nb::arg("biased"),
+            nb::arg("arena").none() = nb::none())
         .def_prop_ro("nbytes", &Matrix::bytes)
         .def(
             "write",

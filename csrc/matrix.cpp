@@ -21,22 +21,22 @@ constexpr int BLOCK = 64;
 
 }  // namespace
 
-Matrix::Matrix(int outputs, int inputs, Dtype type, bool gated, bool biased)
+Matrix::Matrix(Arena &arena, int outputs, int inputs, Dtype type, bool gated, bool biased)
     : outputs_(outputs),
       inputs_(inputs),
       type_(type),
       gated_(gated),
       panels_(panels_of(outputs, gated)),
       depth_(type == Dtype::bf16 ? static_cast<int>(round_up(inputs, PANEL)) : inputs),
-      memory_(static_cast<std::size_t>(panels_) * static_cast<std::size_t>(depth_) * PANEL * size_of(type)),
-      bias_(biased ? static_cast<std::size_t>(panels_) * PANEL * sizeof(float) : 0) {}
+      memory_(arena.take(static_cast<std::size_t>(panels_) * static_cast<std::size_t>(depth_) * PANEL * size_of(type))),
+      bias_(biased ? arena.take(static_cast<std::size_t>(panels_) * PANEL * sizeof(float)) : Arena::Piece{}) {}
 
 std::ptrdiff_t Matrix::panel_bytes() const {
     return static_cast<std::ptrdiff_t>(depth_) * PANEL * static_cast<std::ptrdiff_t>(size_of(type_));
 }
 
 const float *Matrix::bias(int panel) const {
-    return bias_.size() == 0 ? nullptr : bias_.as<float>() + static_cast<std::ptrdiff_t>(panel) * PANEL;
+    return bias_.bytes == 0 ? nullptr : reinterpret_cast<float *>(bias_.data) + static_cast<std::ptrdiff_t>(panel) * PANEL;
 }
 
 Matrix::Place Matrix::place_of(int row) const {
@@ -51,7 +51,7 @@ Matrix::Place Matrix::place_of(int row) const {
 
 template <typename Word>
 Word *Matrix::words(Place place) const {
-    return reinterpret_cast<Word *>(memory_.as<char>() + place.panel * panel_bytes()) + place.lane;
+    return reinterpret_cast<Word *>(memory_.data + place.panel * panel_bytes()) + place.lane;
 }
 
 void Matrix::write(int start, int count, const void *rows) {
@@ -115,14 +115,14 @@ void Matrix::read(int start, int count, void *rows) const {
 void Matrix::write_bias(int start, int count, const float *values) {
     for (int i = 0; i < count; ++i) {
         const Place place = place_of(start + i);
-        bias_.as<float>()[static_cast<std::ptrdiff_t>(place.panel) * PANEL + place.lane] = values[i];
+        reinterpret_cast<float *>(bias_.data)[static_cast<std::ptrdiff_t>(place.panel) * PANEL + place.lane] = values[i];
     }
 }
 
 void Matrix::read_bias(int start, int count, float *values) const {
     for (int i = 0; i < count; ++i) {
         const Place place = place_of(start + i);
-        values[i] = bias_.as<float>()[static_cast<std::ptrdiff_t>(place.panel) * PANEL + place.lane];
+        values[i] = reinterpret_cast<float *>(bias_.data)[static_cast<std::ptrdiff_t>(place.panel) * PANEL + place.lane];
     }
 }
 

@@ -14,7 +14,7 @@ namespace tokenmill {
 class Matrix {
   public:
     // Throws std::invalid_argument for a gated matrix with an odd number of outputs.
-    Matrix(int outputs, int inputs, Dtype type, bool gated, bool biased);
+    Matrix(Arena &arena, int outputs, int inputs, Dtype type, bool gated, bool biased);
 
     int outputs() const { return outputs_; }
     int inputs() const { return inputs_; }
@@ -23,9 +23,9 @@ class Matrix {
     int panels() const { return panels_; }
     int depth() const { return depth_; }  // inputs, padded as panels are
     std::ptrdiff_t panel_bytes() const;
-    std::size_t bytes() const { return memory_.size(); }
+    std::size_t bytes() const { return memory_.bytes; }
 
-    const void *panel(int index) const { return memory_.as<char>() + index * panel_bytes(); }
+    const void *panel(int index) const { return memory_.data + index * panel_bytes(); }
     // Floats in the order of the panels; null: no bias.
     const float *bias(int panel) const;
 
@@ -51,8 +51,8 @@ class Matrix {
     bool gated_;
     int panels_;
     int depth_;
-    Memory memory_;
-    Memory bias_;
+    Arena::Piece memory_;
+    Arena::Piece bias_;
 };
 
 }  // namespace tokenmill

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstring>
+#include <memory>
 #include <new>
 #include <utility>
 
@@ -81,6 +82,44 @@ class Memory {
     char *data_ = nullptr;
     std::size_t size_ = 0;
     std::size_t mapped_ = 0;
+};
+
+// Memory that many weights share, so that small ones lie in huge pages too. Hands out zeroed pieces, each on a cache line
+// of its own, which keep their memory alive.
+class Arena {
+  public:
+    struct Piece {
+        std::shared_ptr<Memory> memory;
+        char *data = nullptr;
+        std::size_t bytes = 0;
+    };
+
+    // Throws std::bad_alloc.
+    Piece take(std::size_t bytes) {
+#ifdef __SANITIZE_ADDRESS__
+        constexpr bool apart = true;  // so that the sanitizer sees where each ends
+#else
+        const bool apart = bytes > CHUNK / 2;
+#endif
+        if (apart) {
+            auto memory = std::make_shared<Memory>(bytes);
+            return {memory, memory->as<char>(), bytes};
+        }
+        if (chunk_ == nullptr || used_ + bytes > chunk_->size()) {
+            chunk_ = std::make_shared<Memory>(CHUNK);
+            used_ = 0;
+        }
+        const Piece piece{chunk_, chunk_->as<char>() + used_, bytes};
+        used_ += (bytes + LINE - 1) / LINE * LINE;
+        return piece;
+    }
+
+  private:
+    static constexpr std::size_t CHUNK = std::size_t{64} << 20;
+    static constexpr std::size_t LINE = 64;
+
+    std::shared_ptr<Memory> chunk_;
+    std::size_t used_ = 0;
 };
 
 }  // namespace tokenmill

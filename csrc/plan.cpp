@@ -172,8 +172,8 @@ void Plan::run_chunk(const Op &op, int chunk, Scratch &scratch) {
     };
     std::visit(Overloaded{
                    [&](const Attend &it) {
-                       attend(it.attention, kernels_, layout(it.attention), chunk, records_.as<float>(),
-                              scratch.attention.as<char>());
+                       attend(it.attention, kernels_, layout(it.attention), chunk, team_->threads(),
+                              records_.as<float>(), scratch.attention.as<char>());
                    },
                    [&](const Merge &it) {
                        merge(it.attention, kernels_, layout(it.attention), chunk, records_.as<float>(),

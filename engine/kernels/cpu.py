@@ -55,11 +55,12 @@ class PlanProgram:
 
 @dataclass(frozen=True, eq=False)
 class CpuBackend:
-    """Kernels of one instruction set, worked by one team of threads."""
+    """Kernels of one instruction set, worked by one team of threads. arena: where weights are allocated."""
 
     isa: str
     team: _cpu.Team
     sampling: _cpu.Sampling
+    arena: _cpu.Arena
 
     @property
     def name(self) -> str:
@@ -68,7 +69,7 @@ class CpuBackend:
     def matrix(
         self, outputs: int, inputs: int, dtype: torch.dtype, *, bias: bool = False, gated: bool = False
     ) -> PackedMatrix:
-        return packed_matrix(outputs, inputs, dtype, bias=bias, gated=gated)
+        return packed_matrix(outputs, inputs, dtype, bias=bias, gated=gated, arena=self.arena)
 
     def vector(self, size: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(-(-size // PANEL) * PANEL, dtype=torch.float32)
@@ -132,4 +133,4 @@ def open_cpu_backend(isa: str, cores: list[int], threads: int) -> CpuBackend:
     Raises ValueError for an ISA that this machine cannot run.
     """
     team = _cpu.Team(threads, cores if threads <= len(cores) else [])
-    return CpuBackend(isa, team, _cpu.Sampling(team, isa))  # refuses what cannot be run
+    return CpuBackend(isa, team, _cpu.Sampling(team, isa), _cpu.Arena())  # refuses what cannot be run

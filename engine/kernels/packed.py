@@ -87,9 +87,12 @@ class PackedBias:
         return values
 
 
-def packed_matrix(outputs: int, inputs: int, dtype: torch.dtype, *, bias: bool, gated: bool) -> PackedMatrix:
-    """Allocate. Raises MemoryError."""
-    return PackedMatrix(outputs, inputs, dtype, gated, _cpu.Matrix(outputs, inputs, DTYPES[dtype], gated, bias))
+def packed_matrix(
+    outputs: int, inputs: int, dtype: torch.dtype, *, bias: bool, gated: bool, arena: _cpu.Arena
+) -> PackedMatrix:
+    """Allocate from an arena. Raises MemoryError."""
+    packed = _cpu.Matrix(outputs, inputs, DTYPES[dtype], gated, bias, arena)
+    return PackedMatrix(outputs, inputs, dtype, gated, packed)
 
 
 def _check_within(size: int, start: int, count: int) -> None:

@@ -268,7 +268,7 @@ def test_matrices_are_written_and_read_in_any_pieces(
 ) -> None:
     outputs = 2 * half if gated else half
     weight, bias = random(seed, outputs, inputs, dtype=dtype), random(seed + 1, outputs)
-    matrix = packed_matrix(outputs, inputs, dtype, bias=True, gated=gated)
+    matrix = packed_matrix(outputs, inputs, dtype, bias=True, gated=gated, arena=_cpu.Arena())
     for place, whole in ((matrix.rows(0, outputs), weight), (matrix.bias(0, outputs), bias)):
         cuts = data.draw(st.lists(st.integers(0, outputs), max_size=5), "cuts")
         bounds = [0, *sorted(cuts), outputs]

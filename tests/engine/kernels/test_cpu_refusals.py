@@ -256,7 +256,7 @@ def test_heads_of_rows_that_were_not_computed() -> None:
 
 
 def test_places_outside_a_matrix() -> None:
-    matrix = packed_matrix(6, 5, F32, bias=True, gated=False)
+    matrix = packed_matrix(6, 5, F32, bias=True, gated=False, arena=_cpu.Arena())
     rows = torch.zeros(2, 5)
     for start in (-1, 5, 2**31 - 1):
         for call in (matrix.packed.write, matrix.packed.read):
@@ -269,11 +269,11 @@ def test_places_outside_a_matrix() -> None:
     with pytest.raises(IndexError):
         matrix.rows(2, 4).write(1, rows)
     with pytest.raises(ValueError, match="entries"):
-        packed_matrix(6, 5, F32, bias=False, gated=False).bias(0, 6).write(0, torch.zeros(6))
+        packed_matrix(6, 5, F32, bias=False, gated=False, arena=_cpu.Arena()).bias(0, 6).write(0, torch.zeros(6))
 
 
 def test_matrices_filled_from_or_into_what_does_not_fit() -> None:
-    matrix = packed_matrix(6, 5, F32, bias=True, gated=False).packed
+    matrix = packed_matrix(6, 5, F32, bias=True, gated=False, arena=_cpu.Arena()).packed
     for rows in (torch.zeros(6, 4), torch.zeros(6, 5, dtype=F16), torch.zeros(6, 5, dtype=torch.float64)):
         with pytest.raises(ValueError, match="width and dtype"):
             matrix.write(0, rows)
