@@ -30,8 +30,6 @@ POOL_SHARE = 0.5
 POOL_CONTEXTS = 16
 """The default pool holds at most so many full contexts: more would only fill memory with old prefixes."""
 MAX_RUNNING = 64
-CHUNK = 512
-"""Default prompt tokens a step on a CPU: large enough for the GEMMs, small enough for the streams beside it."""
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -71,7 +69,9 @@ def load_engine(config: RunConfig, *, started: float) -> Engine:
         max_total_num_tokens=slots,
         max_req_input_len=longest - 5,
         max_running_requests=server.max_running_requests or MAX_RUNNING,
-        chunked_prefill_size=CHUNK if server.chunked_prefill_size is None else server.chunked_prefill_size,
+        chunked_prefill_size=(
+            backend.prefill_chunk if server.chunked_prefill_size is None else server.chunked_prefill_size
+        ),
         weight_gb=model.weight_bytes / 1e9,
         kvcache_gb=slots * token_bytes / 1e9,
         available_gb=available / 1e9,

@@ -80,7 +80,13 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         int | None, Flag("KV pool size in tokens", parse=token_count, metavar="N", minimum=1)
     ] = None
     chunked_prefill_size: Annotated[
-        int | None, Flag("most prompt tokens of a step; -1: no chunking", parse=token_count, metavar="N", minimum=-1)
+        int | None,
+        Flag(
+            "most prompt tokens of a step; -1: no chunking; default: by the kernels",
+            parse=token_count,
+            metavar="N",
+            minimum=-1,
+        ),
     ] = None
     max_prefill_tokens: Annotated[
         int, Flag("prompt tokens of a step when prompts are not chunked", parse=token_count, metavar="N", minimum=1)

@@ -41,6 +41,7 @@ class EagerBackend:
     """Allocates plain tensors on the CPU."""
 
     name: str = "reference"
+    prefill_chunk: int = 512
 
     def matrix(
         self, outputs: int, inputs: int, dtype: torch.dtype, *, bias: bool = False, gated: bool = False

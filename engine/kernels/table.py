@@ -165,6 +165,12 @@ class Backend(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def prefill_chunk(self) -> int:
+        """Prompt tokens of a step by default: so many that products cost far more than reading the weights for them,
+        and no more, since streams beside a prefill wait for its step."""
+        ...
+
     def matrix(
         self, outputs: int, inputs: int, dtype: torch.dtype, *, bias: bool = False, gated: bool = False
     ) -> Matrix:
