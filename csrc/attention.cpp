@@ -108,6 +108,103 @@ Ahead first_keys(const Attention &attention, const AttentionLayout &layout, int 
             std::min(KEY_BLOCK, item.keys - start)};
 }
 
+// One thread's share of a layer's attention: an item, for one key head.
+struct Share {
+    const Attention &attention;
+    const Kernels &kernels;
+    const AttentionItem &item;
+    const TokenRow *tokens;
+    int kv_head;
+
+    int rows() const { return item.row_count * attention.group(); }
+    int head_of(int row) const { return kv_head * attention.group() + row % attention.group(); }
+    HeadRows keys() const { return head_rows(attention.pool, attention.pool.keys, kv_head); }
+    HeadRows values() const { return head_rows(attention.pool, attention.pool.values, kv_head); }
+};
+
+// Lay the queries of all tokens below each other; the query heads of one key head lie next to each other.
+void gather_queries(const Share &share, const Work &work) {
+    const Buffer &queries = *share.attention.queries;
+    const std::ptrdiff_t bytes = static_cast<std::ptrdiff_t>(share.attention.group()) * share.attention.depth() *
+                                 static_cast<std::ptrdiff_t>(size_of(queries.type()));
+    for (int t = 0; t < share.item.row_count; ++t) {
+        std::memcpy(work.queries + t * bytes, queries.row(share.tokens[t].token) + share.kv_head * bytes,
+                    static_cast<std::size_t>(bytes));
+    }
+}
+
+// Probabilities of each row's visible keys within the block of `count` keys that starts at `start`.
+void softmax_rows(const Share &share, const Work &work, int start, int count, Dtype type) {
+    const int padded = static_cast<int>(round_up(count, PANEL));
+    const auto size = static_cast<std::ptrdiff_t>(size_of(type));
+    const int window = share.attention.window;
+    for (int row = 0; row < share.rows(); ++row) {
+        const int visible = share.tokens[row / share.attention.group()].visible;
+        const int high = std::clamp(visible - start, 0, count);
+        const int low = window == 0 ? 0 : std::clamp(visible - window - start, 0, high);
+        const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(row) * KEY_BLOCK;
+        const SoftmaxState state = share.kernels.softmax(work.scores + at, share.attention.scale, {low, high, padded},
+                                                         work.probabilities + at * size, type);
+        work.found.largest[row] = state.largest;
+        work.found.sum[row] = state.sum;
+    }
+}
+
+// Scores, softmax and weighted values of one block: work.found and work.part. While the keys are read their values are
+// fetched, and while these are read the keys of the next block, or `later` behind the last.
+void attend_to_block(const Share &share, const Work &work, int block, const Ahead &later) {
+    const Kernels &kernels = share.kernels;
+    const AttentionItem &item = share.item;
+    const Dtype type = share.attention.queries->type();
+    const auto size = static_cast<std::ptrdiff_t>(size_of(type));
+    const int depth = share.attention.depth();
+    const int head_dim = share.attention.head_dim;
+    const int rows = share.rows();
+    const int start = block * KEY_BLOCK;
+    const int count = std::min(KEY_BLOCK, item.keys - start);
+    const int padded = static_cast<int>(round_up(count, PANEL));
+    const std::int64_t *slots = item.slots + start;
+    const Ahead values{share.values(), slots, count};
+    const Ahead next = block + 1 == item.last_block
+                           ? later
+                           : Ahead{share.keys(), slots + KEY_BLOCK, std::min(KEY_BLOCK, item.keys - start - KEY_BLOCK)};
+
+    const Few directly = kernels.few[static_cast<int>(type)];
+    const auto words = [&](int elements) { return static_cast<int>(elements * size / 4); };
+    const FewRows queries{work.queries, rows, words(depth), slots, count, values, head_dim, work.scores, KEY_BLOCK};
+    if (directly != nullptr && directly(queries, share.keys(), true)) {
+        softmax_rows(share, work, start, count, type);
+        directly({work.probabilities, rows, words(KEY_BLOCK), slots, count, next, head_dim, work.part, depth},
+                 share.values(), false);
+        return;
+    }
+    const Multiply multiply = kernels.multiply[static_cast<int>(type)];
+    kernels.pack_keys(share.keys(), slots, count, values, head_dim, type, work.keys, work.converted);
+    for (std::ptrdiff_t key = 0; key < padded; key += PANEL) {
+        multiply(work.queries, depth, rows, work.keys + key * depth * size, depth, work.scores + key, KEY_BLOCK, false);
+    }
+    kernels.pack_values(share.values(), slots, count, next, head_dim, type, work.values, work.converted);
+    softmax_rows(share, work, start, count, type);
+    for (std::ptrdiff_t channel = 0; channel < depth; channel += PANEL) {
+        multiply(work.probabilities, KEY_BLOCK, rows, work.values + channel * padded * size, padded,
+                 work.part + channel, depth, false);
+    }
+}
+
+// Leave what was found in a block to `merge`.
+void keep(const Share &share, const Work &work, int block, float *records) {
+    const int depth = share.attention.depth();
+    for (int row = 0; row < share.rows(); ++row) {
+        const TokenRow &token = share.tokens[row / share.attention.group()];
+        float *record =
+            record_of(share.attention, records, token.record + block - token.first_block, share.head_of(row));
+        std::memcpy(record, work.part + static_cast<std::ptrdiff_t>(row) * depth,
+                    static_cast<std::size_t>(depth) * sizeof(float));
+        record[depth] = work.found.largest[row];
+        record[depth + 1] = work.found.sum[row];
+    }
+}
+
 }  // namespace
 
 std::size_t attention_scratch(const Attention &attention) { return lay_out(attention, nullptr, nullptr); }
@@ -119,93 +216,24 @@ std::size_t record_floats(const Attention &attention) {
 void attend(const Attention &attention, const Kernels &kernels, const AttentionLayout &layout, int chunk, int threads,
             float *records, char *scratch) {
     const AttentionItem &item = layout.items[static_cast<std::size_t>(chunk / attention.kv_heads)];
-    const TokenRow *tokens = layout.rows.data() + item.first_row;
-    const int kv_head = chunk % attention.kv_heads;
-    const int group = attention.group();
-    const int depth = attention.depth();
-    const int rows = item.row_count * group;
-    const Dtype type = attention.queries->type();
-    const auto size = static_cast<std::ptrdiff_t>(size_of(type));
-    const Multiply multiply = kernels.multiply[static_cast<int>(type)];
+    const Share share{attention, kernels, item, layout.rows.data() + item.first_row, chunk % attention.kv_heads};
     Work work;
     lay_out(attention, scratch, &work);
-
-    for (int t = 0; t < item.row_count; ++t) {
-        // The query heads of one key head lie next to each other.
-        const char *from = attention.queries->row(tokens[t].token) + kv_head * group * depth * size;
-        std::memcpy(work.queries + static_cast<std::ptrdiff_t>(t) * group * depth * size, from,
-                    static_cast<std::size_t>(group * depth * size));
-    }
-    forget(work, rows);
-    const HeadRows keys = head_rows(attention.pool, attention.pool.keys, kv_head);
-    const HeadRows values = head_rows(attention.pool, attention.pool.values, kv_head);
+    gather_queries(share, work);
+    forget(work, share.rows());
     const Ahead later = first_keys(attention, layout, chunk + threads);
-
+    const bool all_blocks = share.tokens[0].record < 0;
     for (int block = item.first_block; block < item.last_block; ++block) {
-        const int start = block * KEY_BLOCK;
-        const int count = std::min(KEY_BLOCK, item.keys - start);
-        const int padded = static_cast<int>(round_up(count, PANEL));
-        const std::int64_t *slots = item.slots + start;
-        // While the keys are read their values are fetched, and while these are read the next block's keys.
-        const Ahead own_values{values, slots, count};
-        const bool last = block + 1 == item.last_block;
-        const Ahead next_keys =
-            last ? later : Ahead{keys, slots + KEY_BLOCK, std::min(KEY_BLOCK, item.keys - start - KEY_BLOCK)};
-        FewRows few{work.queries,       rows,        static_cast<int>(depth * size / 4), slots, count, own_values,
-                    attention.head_dim, work.scores, KEY_BLOCK};
-        const Few directly = kernels.few[static_cast<int>(type)];
-        const bool unpacked = directly != nullptr && directly(few, keys, true);
-        if (!unpacked) {
-            kernels.pack_keys(keys, slots, count, own_values, attention.head_dim, type, work.keys, work.converted);
-            for (int panel = 0; panel < padded; panel += PANEL) {
-                multiply(work.queries, depth, rows, work.keys + panel * depth * size, depth, work.scores + panel,
-                         KEY_BLOCK, false);
-            }
-            kernels.pack_values(values, slots, count, next_keys, attention.head_dim, type, work.values,
-                                work.converted);
-        }
-        for (int row = 0; row < rows; ++row) {
-            const int visible = tokens[row / group].visible;
-            const int high = std::clamp(visible - start, 0, count);
-            const int low = attention.window == 0 ? 0 : std::clamp(visible - attention.window - start, 0, high);
-            const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(row) * KEY_BLOCK;
-            const SoftmaxState state = kernels.softmax(work.scores + at, attention.scale, {low, high, padded},
-                                                       work.probabilities + at * size, type);
-            work.found.largest[row] = state.largest;
-            work.found.sum[row] = state.sum;
-        }
-        if (unpacked) {
-            few.rows = work.probabilities;
-            few.row_words = static_cast<int>(KEY_BLOCK * size / 4);
-            few.out = work.part;
-            few.out_stride = depth;
-            few.ahead = next_keys;
-            directly(few, values, false);
-        }
-        for (int channel = 0; channel < depth && !unpacked; channel += PANEL) {
-            multiply(work.probabilities, KEY_BLOCK, rows,
-                     work.values + static_cast<std::ptrdiff_t>(channel) * padded * size, padded, work.part + channel,
-                     depth, false);
-        }
-        if (tokens[0].record < 0) {
-            accumulate(kernels, work, rows, depth);
-            continue;
-        }
-        for (int row = 0; row < rows; ++row) {
-            const TokenRow &token = tokens[row / group];
-            float *record = record_of(attention, records, token.record + block - token.first_block,
-                                      kv_head * group + row % group);
-            std::memcpy(record, work.part + static_cast<std::ptrdiff_t>(row) * depth,
-                        static_cast<std::size_t>(depth) * sizeof(float));
-            record[depth] = work.found.largest[row];
-            record[depth + 1] = work.found.sum[row];
+        attend_to_block(share, work, block, later);
+        if (all_blocks) {
+            accumulate(kernels, work, share.rows(), attention.depth());
+        } else {
+            keep(share, work, block, records);
         }
     }
-    if (tokens[0].record < 0) {
-        for (int row = 0; row < rows; ++row) {
-            write_out(attention, kernels, tokens[row / group].token, kv_head * group + row % group,
-                      work.total + static_cast<std::ptrdiff_t>(row) * depth, work.known.sum[row]);
-        }
+    for (int row = 0; row < share.rows() && all_blocks; ++row) {
+        write_out(attention, kernels, share.tokens[row / attention.group()].token, share.head_of(row),
+                  work.total + static_cast<std::ptrdiff_t>(row) * attention.depth(), work.known.sum[row]);
     }
 }
 
@@ -219,7 +247,6 @@ void merge(const Attention &attention, const Kernels &kernels, const AttentionLa
     lay_out(attention, scratch, &work);
     forget(work, group);
     for (int block = 0; block < token.blocks; ++block) {
-        // The records of the heads lie as `attend` left them; only the two numbers behind the values are in the way.
         for (int row = 0; row < group; ++row) {
             const float *record = record_of(attention, records, token.record + block, first_head + row);
             std::memcpy(work.part + static_cast<std::ptrdiff_t>(row) * depth, record,

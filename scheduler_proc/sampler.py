@@ -108,7 +108,8 @@ def _draw(backend: Backend, logits: torch.Tensor, requests: list[Request], rows:
         logits,
         np.array(rows, np.int64),
         np.array([s.temperature for s in sampling], np.float64),
-        np.array([s.top_k for s in sampling], np.int64),
+        # A client may ask for more than any integer type holds.
+        np.array([min(s.top_k, logits.shape[1]) for s in sampling], np.int64),
         np.array([s.top_p for s in sampling], np.float64),
         np.array([s.min_p for s in sampling], np.float64),
         uniforms(

@@ -96,10 +96,12 @@ def test_a_server_that_dies_meanwhile_has_the_last_word(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = others()
+    # Servers of other tests may be running: they live as long as the session.
+    not_ours = {process.pid for process in psutil.Process().children()}
 
     def kill_launcher() -> None:
         for process in psutil.Process().children():
-            if "launcher" in " ".join(process.cmdline()):
+            if process.pid not in not_ours and "launcher" in " ".join(process.cmdline()):
                 process.kill()
 
     monkeypatch.setattr(Runner, "run_row", lambda *arguments: (kill_launcher(), RUN_ROW(*arguments)))
