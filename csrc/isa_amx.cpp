@@ -20,6 +20,8 @@ namespace tokenmill::TOKENMILL_AMX {
 namespace {
 #include "simd_avx512.h"
 
+#include "tile_sums.h"
+
 #include "multiply_avx512.h"
 #include "amx_tiles.h"
 

@@ -11,6 +11,8 @@ namespace tokenmill::avx2 {
 namespace {
 #include "simd_avx2.h"
 
+#include "tile_sums.h"
+
 #include "multiply_avx2.h"
 #include "multiply_rows.h"
 #include "rows.h"

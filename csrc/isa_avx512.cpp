@@ -11,6 +11,8 @@ namespace tokenmill::avx512 {
 namespace {
 #include "simd_avx512.h"
 
+#include "tile_sums.h"
+
 #include "multiply_avx512.h"
 #include "multiply_rows.h"
 #include "rows.h"

@@ -2,7 +2,6 @@
 //
 // Sixteen registers hold a tile of R rows times half a panel; each output is one chain over the depth.
 
-constexpr int AHEAD = 4096;
 constexpr int HALF = PANEL / 2;
 
 struct FloatPanel {
@@ -16,24 +15,6 @@ struct HalfPanel {
     using Weight = std::uint16_t;
     static Vec widened(const Weight *w) { return load_f16(w); }
 };
-
-template <int R>
-inline void start(Vec *left, Vec *right, const float *out, std::ptrdiff_t out_stride, bool more) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-        left[r] = more ? load(out + r * out_stride) : zero();
-        right[r] = more ? load(out + r * out_stride + LANES) : zero();
-    }
-}
-
-template <int R>
-inline void finish(const Vec *left, const Vec *right, float *out, std::ptrdiff_t out_stride) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-        store(out + r * out_stride, left[r]);
-        store(out + r * out_stride + LANES, right[r]);
-    }
-}
 
 template <typename Panel, int R>
 inline void tile(const float *x, std::ptrdiff_t x_stride, const void *panel, int depth, float *out,

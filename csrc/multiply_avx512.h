@@ -2,9 +2,6 @@
 //
 // A tile of R rows times one panel of 32 outputs lives in 2 R registers; each output is one chain over the depth.
 
-// Bytes ahead of the panel that are fetched while it is read: hardware prefetchers stop at each page.
-constexpr int AHEAD = 4096;
-
 struct FloatPanel {
     static constexpr int ROWS = 13;
     using Weight = float;
@@ -22,11 +19,7 @@ inline void tile(const float *x, std::ptrdiff_t x_stride, const void *panel, int
                  std::ptrdiff_t out_stride, bool more) {
     Vec left[R];
     Vec right[R];
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-        left[r] = more ? load(out + r * out_stride) : zero();
-        right[r] = more ? load(out + r * out_stride + LANES) : zero();
-    }
+    start<R>(left, right, out, out_stride, more);
     const auto *w = static_cast<const typename Panel::Weight *>(panel);
     for (int k = 0; k < depth; ++k, w += PANEL) {
         __builtin_prefetch(reinterpret_cast<const char *>(w) + AHEAD);
@@ -39,11 +32,7 @@ inline void tile(const float *x, std::ptrdiff_t x_stride, const void *panel, int
             right[r] = fused(v, b, right[r]);
         }
     }
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-        store(out + r * out_stride, left[r]);
-        store(out + r * out_stride + LANES, right[r]);
-    }
+    finish<R>(left, right, out, out_stride);
 }
 
 // bf16 weights and inputs, widened: the low half of a word is the even element of the depth.
@@ -57,11 +46,7 @@ inline void tile(const std::uint16_t *x, std::ptrdiff_t x_stride, const void *pa
                  std::ptrdiff_t out_stride, bool more) {
     Vec left[R];
     Vec right[R];
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-        left[r] = more ? load(out + r * out_stride) : zero();
-        right[r] = more ? load(out + r * out_stride + LANES) : zero();
-    }
+    start<R>(left, right, out, out_stride, more);
     const auto *w = static_cast<const std::uint32_t *>(panel);
     const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000U));
     for (int k = 0; k < depth; k += 2, w += PANEL) {
@@ -81,9 +66,5 @@ inline void tile(const std::uint16_t *x, std::ptrdiff_t x_stride, const void *pa
             right[r] = fused(odd, odd_b, fused(even, even_b, right[r]));
         }
     }
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-        store(out + r * out_stride, left[r]);
-        store(out + r * out_stride + LANES, right[r]);
-    }
+    finish<R>(left, right, out, out_stride);
 }

@@ -10,11 +10,7 @@ inline void tile(const std::uint16_t *x, std::ptrdiff_t x_stride, const void *pa
                  std::ptrdiff_t out_stride, bool more) {
     Vec left[R];
     Vec right[R];
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-        left[r] = more ? load(out + r * out_stride) : zero();
-        right[r] = more ? load(out + r * out_stride + LANES) : zero();
-    }
+    start<R>(left, right, out, out_stride, more);
     const auto *w = static_cast<const std::uint32_t *>(panel);
     for (int k = 0; k < depth; k += 2, w += PANEL) {
         __builtin_prefetch(reinterpret_cast<const char *>(w) + AHEAD);
@@ -30,9 +26,5 @@ inline void tile(const std::uint16_t *x, std::ptrdiff_t x_stride, const void *pa
             right[r] = _mm512_dpbf16_ps(right[r], v, b);
         }
     }
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-        store(out + r * out_stride, left[r]);
-        store(out + r * out_stride + LANES, right[r]);
-    }
+    finish<R>(left, right, out, out_stride);
 }

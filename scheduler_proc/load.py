@@ -8,7 +8,6 @@ import sys
 import time
 from dataclasses import dataclass
 
-import psutil
 import torch
 from tqdm import tqdm
 
@@ -17,6 +16,7 @@ from engine.checkpoints.model_config import ModelConfig
 from engine.checkpoints.read_config import read_model_config
 from engine.config import ConfigError, RunConfig, ServerConfig
 from engine.kernels.choice import open_backend
+from engine.kernels.host_memory import available_memory
 from engine.kernels.kv_cache import allocate_kv_cache, kv_bytes_per_token
 from engine.kernels.table import Backend, Program
 from engine.models.model import Model
@@ -48,7 +48,7 @@ def load_engine(config: RunConfig, *, started: float) -> Engine:
     server = config.server
     seconds = {"imports": time.monotonic() - started}
     backend = open_backend(server.cpu_isa, server.cpu_threads)
-    available = psutil.virtual_memory().available
+    available = available_memory()
     model_config = read_model_config(config.model, server.json_model_override_args)
     dtype = DTYPES[server.dtype]
     model = build_model(model_config, dtype=dtype, backend=backend)

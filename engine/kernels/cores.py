@@ -34,10 +34,15 @@ def _siblings(cpu: int) -> str:
 
 
 def _quota() -> float | None:
-    """Processors' worth of time that the cgroup (v2) of this process may use; None: no limit."""
+    """Processors' worth of time that the cgroup of this process may use; None: no limit."""
     try:
-        path = Path("/proc/self/cgroup").read_text().partition("::")[2].splitlines()[0].lstrip("/")
-        granted, period = (_CGROUP / path / "cpu.max").read_text().split()
+        granted, period = (cgroup_folder() / "cpu.max").read_text().split()
         return None if granted == "max" else int(granted) / int(period)
-    except (OSError, ValueError, IndexError):
+    except (OSError, ValueError):
         return None
+
+
+def cgroup_folder() -> Path:
+    """Where the cgroup (v2) of this process has its files. Raises OSError where there is none."""
+    line = Path("/proc/self/cgroup").read_text().partition("0::")[2]
+    return _CGROUP / line.partition("\n")[0].lstrip("/")
