@@ -89,14 +89,8 @@ void share(std::vector<Decode> decodes, int start, std::vector<Span> &spans) {
     }
 }
 
-}  // namespace
-
-void AttentionLayout::plan(const Sequences &sequences, int window, int group, int kv_heads, int threads) {
-    rows.clear();
-    items.clear();
-    merged.clear();
-    records = 0;
-    const int tile = std::max(1, ATTENTION_ROWS / group);
+// All tokens of a step, those together that read the same slots: tiles of runs, and decodes by what they share.
+std::vector<Span> spans_of(const Sequences &sequences, int window, int tile) {
     std::vector<Decode> decodes;
     std::vector<Span> spans;
     for (int s = 0; s < sequences.count; ++s) {
@@ -104,6 +98,10 @@ void AttentionLayout::plan(const Sequences &sequences, int window, int group, in
         const int count = static_cast<int>(sequences.query_starts[s + 1]) - start;
         const auto context = static_cast<int>(sequences.context_starts[s + 1] - sequences.context_starts[s]);
         const std::int64_t *slots = sequences.context_slots + sequences.context_starts[s];
+        if (count == 1 && window == 0) {
+            decodes.push_back({{start, context, -1, 0}, slots});
+            continue;
+        }
         for (int first = 0; first < count; first += tile) {
             const int n = std::min(tile, count - first);
             const int seen_by_first = context - count + first + 1;
@@ -112,48 +110,60 @@ void AttentionLayout::plan(const Sequences &sequences, int window, int group, in
             for (int i = 0; i < n; ++i) {
                 span.rows.push_back({start + first + i, seen_by_first + i, -1, begin});
             }
-            if (count == 1 && window == 0) {
-                decodes.push_back({span.rows[0], slots});
-            } else {
-                spans.push_back(std::move(span));
-            }
+            spans.push_back(std::move(span));
         }
     }
     if (!decodes.empty()) {
         share(std::move(decodes), 0, spans);
     }
+    return spans;
+}
 
+// Blocks of an item where blocks are cut among threads.
+int run_of(const std::vector<Span> &spans, int kv_heads, int threads) {
     std::int64_t blocks = 0;
     for (const Span &span : spans) {
         blocks += span.last_block - span.first_block;
     }
-    const auto run = static_cast<int>(
+    return static_cast<int>(
         std::clamp<std::int64_t>(blocks * kv_heads / (threads * ITEMS_PER_THREAD), 1, LONGEST_RUN));
+}
+
+}  // namespace
+
+void AttentionLayout::plan(const Sequences &sequences, int window, int group, int kv_heads, int threads) {
+    rows.clear();
+    items.clear();
+    merged.clear();
+    records = 0;
+    const int tile = std::max(1, ATTENTION_ROWS / group);
+    std::vector<Span> spans = spans_of(sequences, window, tile);
+    const int run = run_of(spans, kv_heads, threads);
     const auto tokens_in_all = sequences.count == 0 ? 0 : sequences.query_starts[sequences.count];
     std::vector<int> record_of(static_cast<std::size_t>(tokens_in_all), -1);  // by token: spans of one token meet
     for (Span &span : spans) {
         const auto tokens = static_cast<int>(span.rows.size());
-        const bool cut = !span.whole || (tokens <= FEW_TOKENS && span.last_block - span.first_block > run);
-        if (cut) {
-            for (TokenRow &row : span.rows) {
-                int &known = record_of[static_cast<std::size_t>(row.token)];
-                if (known >= 0) {
-                    row.record = known;
-                    continue;
-                }
-                const int total = blocks_of(row.visible) - row.first_block;
+        const int length = span.last_block - span.first_block;
+        const bool cut = !span.whole || (tokens <= FEW_TOKENS && length > run);
+        for (TokenRow &row : span.rows) {
+            if (!cut) {
+                break;
+            }
+            int &known = record_of[static_cast<std::size_t>(row.token)];
+            if (known < 0) {
                 // A token of a longer run may see fewer blocks than its span has: these stay empty.
-                const int room = std::max(total, span.last_block - row.first_block);
-                row.record = known = records;
+                const int room = std::max(blocks_of(row.visible), span.last_block) - row.first_block;
+                known = records;
                 merged.push_back({row.token, records, room});
                 records += room;
             }
+            row.record = known;
         }
         for (int first = 0; first < tokens; first += tile) {
             const int n = std::min(tile, tokens - first);
-            const int first_row = static_cast<int>(rows.size());
+            const auto first_row = static_cast<int>(rows.size());
             rows.insert(rows.end(), span.rows.begin() + first, span.rows.begin() + first + n);
-            const int step = cut ? run : span.last_block - span.first_block;
+            const int step = cut ? run : length;
             for (int block = span.first_block; block < span.last_block; block += step) {
                 const int last = std::min(block + step, span.last_block);
                 items.push_back({first_row, n, block, last, span.keys, span.slots});
