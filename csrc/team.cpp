@@ -18,7 +18,8 @@ constexpr int CHUNK_BITS = 20;
 constexpr std::uint64_t CHUNK_MASK = (1U << CHUNK_BITS) - 1;
 constexpr std::uint32_t JOB_MASK = (1U << JOB_BITS) - 1;
 
-// How often a thread looks again before it gives its core away: some tens of microseconds.
+// How often a thread looks again before it gives its core away: some microseconds between steps, in which other
+// processes want the core, and some tens within one.
 constexpr int SPINS_FOR_A_JOB = 400;
 constexpr int SPINS_IN_A_JOB = 2000;
 
