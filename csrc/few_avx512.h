@@ -6,41 +6,6 @@ constexpr int FEW_ROWS = 8;
 constexpr int MOST_HEAD_BYTES = 2048;
 alignas(64) inline const std::uint32_t NO_KEY[MOST_HEAD_BYTES / 4] = {};
 
-// Eight words of 16 rows, transposed in registers: a[w] has word w of row i in lane i.
-inline void transposed(const std::uint32_t *const *rows, int word, __m512i *a) {
-    // A register has a quarter of the rows in each half; where they stand makes the last shuffle put them in order.
-    const auto half = [&](int row) {
-        return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(rows[row] + word));
-    };
-    __m512i b[8];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-        a[i] = _mm512_inserti64x4(_mm512_castsi256_si512(half(i)), half(i + 4), 1);
-        a[4 + i] = _mm512_inserti64x4(_mm512_castsi256_si512(half(i + 8)), half(i + 12), 1);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-        b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
-        b[2 * i + 1] = _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
-    }
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
-        a[4 * i] = _mm512_unpacklo_epi64(b[4 * i], b[4 * i + 2]);
-        a[4 * i + 1] = _mm512_unpackhi_epi64(b[4 * i], b[4 * i + 2]);
-        a[4 * i + 2] = _mm512_unpacklo_epi64(b[4 * i + 1], b[4 * i + 3]);
-        a[4 * i + 3] = _mm512_unpackhi_epi64(b[4 * i + 1], b[4 * i + 3]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-        b[i] = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x88);
-        b[4 + i] = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xDD);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-        a[i] = b[i];
-    }
-}
-
 // How one word of the depth is added to a sum: a float, or a pair of bf16.
 struct FloatWord {
     static constexpr int VALUES = 1;

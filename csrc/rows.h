@@ -178,11 +178,8 @@ inline void pack_keys(HeadRows rows, const std::int64_t *slots, int count, const
             prefetch(ahead, key, head_dim);
         }
         std::uint32_t *target = panel + static_cast<std::ptrdiff_t>(start / PANEL) * words * PANEL + start % PANEL;
-        for (int w = 0; w < words; w += LANES) {
-            transpose_words(sources, target + static_cast<std::ptrdiff_t>(w) * PANEL, PANEL);
-            for (auto &source : sources) {
-                source += LANES;
-            }
+        for (int w = 0; w < words; w += TRANSPOSED_WORDS) {
+            transpose_words(sources, w, target + static_cast<std::ptrdiff_t>(w) * PANEL, PANEL);
         }
     }
 }

@@ -4,6 +4,7 @@
 using Vec = __m256;
 using Mask = __m256;
 constexpr int LANES = 8;
+constexpr int TRANSPOSED_WORDS = 8;
 
 inline Vec zero() { return _mm256_setzero_ps(); }
 inline Vec fill(float value) { return _mm256_set1_ps(value); }
@@ -92,13 +93,13 @@ inline double total(const Sums &sums) {
     return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
 }
 
-// Transpose 32-bit words: out[w * out_stride + i] = rows[i][w] for i < 8, w < 8.
-inline void transpose_words(const std::uint32_t *const *rows, std::uint32_t *out, std::ptrdiff_t out_stride) {
+// Transpose 32-bit words: out[w * out_stride + i] = rows[i][word + w] for i < 8, w < TRANSPOSED_WORDS.
+inline void transpose_words(const std::uint32_t *const *rows, int word, std::uint32_t *out, std::ptrdiff_t out_stride) {
     __m256 a[8];
     __m256 b[8];
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
-        a[i] = _mm256_loadu_ps(reinterpret_cast<const float *>(rows[i]));
+        a[i] = _mm256_loadu_ps(reinterpret_cast<const float *>(rows[i] + word));
     }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {

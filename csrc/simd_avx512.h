@@ -4,6 +4,7 @@
 using Vec = __m512;
 using Mask = __mmask16;
 constexpr int LANES = 16;
+constexpr int TRANSPOSED_WORDS = 8;
 
 inline Vec zero() { return _mm512_setzero_ps(); }
 inline Vec fill(float value) { return _mm512_set1_ps(value); }
@@ -88,21 +89,25 @@ inline double total(const Sums &sums) {
     return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
 }
 
-// Transpose 32-bit words: out[w * out_stride + i] = rows[i][w] for i < 16, w < 16.
-inline void transpose_words(const std::uint32_t *const *rows, std::uint32_t *out, std::ptrdiff_t out_stride) {
-    __m512i a[16];
-    __m512i b[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) {
-        a[i] = _mm512_loadu_si512(rows[i]);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-        b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
-        b[2 * i + 1] = _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
+// Eight words of 16 rows, transposed in registers: a[w] has word w of row i in lane i.
+inline void transposed(const std::uint32_t *const *rows, int word, __m512i *a) {
+    // A register has a quarter of the rows in each half; where they stand makes the last shuffle put them in order.
+    const auto half = [&](int row) {
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(rows[row] + word));
+    };
+    __m512i b[8];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        a[i] = _mm512_inserti64x4(_mm512_castsi256_si512(half(i)), half(i + 4), 1);
+        a[4 + i] = _mm512_inserti64x4(_mm512_castsi256_si512(half(i + 8)), half(i + 12), 1);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
+        b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
+        b[2 * i + 1] = _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
         a[4 * i] = _mm512_unpacklo_epi64(b[4 * i], b[4 * i + 2]);
         a[4 * i + 1] = _mm512_unpackhi_epi64(b[4 * i], b[4 * i + 2]);
         a[4 * i + 2] = _mm512_unpacklo_epi64(b[4 * i + 1], b[4 * i + 3]);
@@ -112,15 +117,20 @@ inline void transpose_words(const std::uint32_t *const *rows, std::uint32_t *out
     for (int i = 0; i < 4; ++i) {
         b[i] = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x88);
         b[4 + i] = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xDD);
-        b[8 + i] = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x88);
-        b[12 + i] = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xDD);
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-        _mm512_storeu_si512(out + (0 + i) * out_stride, _mm512_shuffle_i32x4(b[i], b[8 + i], 0x88));
-        _mm512_storeu_si512(out + (4 + i) * out_stride, _mm512_shuffle_i32x4(b[4 + i], b[12 + i], 0x88));
-        _mm512_storeu_si512(out + (8 + i) * out_stride, _mm512_shuffle_i32x4(b[i], b[8 + i], 0xDD));
-        _mm512_storeu_si512(out + (12 + i) * out_stride, _mm512_shuffle_i32x4(b[4 + i], b[12 + i], 0xDD));
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+        a[i] = b[i];
+    }
+}
+
+// Transpose 32-bit words: out[w * out_stride + i] = rows[i][word + w] for i < 16, w < TRANSPOSED_WORDS.
+inline void transpose_words(const std::uint32_t *const *rows, int word, std::uint32_t *out, std::ptrdiff_t out_stride) {
+    __m512i a[TRANSPOSED_WORDS];
+    transposed(rows, word, a);
+#pragma GCC unroll 8
+    for (int w = 0; w < TRANSPOSED_WORDS; ++w) {
+        _mm512_storeu_si512(out + w * out_stride, a[w]);
     }
 }
 

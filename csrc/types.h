@@ -1,4 +1,4 @@
-// What all of csrc shares: element types, the sizes that layouts are built from, and conversions of single values.
+// What all of csrc shares: element types, the sizes that layouts are built from, and bf16 as float.
 #pragma once
 
 #include <bit>
@@ -26,14 +26,5 @@ constexpr std::ptrdiff_t round_up(std::ptrdiff_t value, std::ptrdiff_t multiple)
 }
 
 inline float from_bf16(std::uint16_t bits) { return std::bit_cast<float>(std::uint32_t{bits} << 16); }
-
-// To nearest, ties to even; NaN stays NaN.
-inline std::uint16_t to_bf16(float value) {
-    const auto bits = std::bit_cast<std::uint32_t>(value);
-    if ((bits & 0x7FFFFFFFU) > 0x7F800000U) {
-        return static_cast<std::uint16_t>((bits >> 16) | 0x40U);
-    }
-    return static_cast<std::uint16_t>((bits + 0x7FFFU + ((bits >> 16) & 1U)) >> 16);
-}
 
 }  // namespace tokenmill

@@ -65,14 +65,20 @@ class RooflineFigures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def measure(facts: Facts) -> Roofline:
-    """Measure this machine with as many threads as the server has. Raises BenchError when it does not say how many."""
+    """Measure this machine with as many threads as the server has, and with its instruction set.
+
+    Raises BenchError where the server does not say what is needed for that.
+    """
     if facts.threads is None:
         raise BenchError("--roofline: the server does not say how many threads it has (cpu_threads in /server_info)")
     if facts.model is None:
         raise BenchError(f"--roofline: the files of {facts.name} are not on this machine, so its size is not known")
+    for what, known in (("dtype", facts.dtype), ("kv_cache_dtype", facts.kv_dtype)):
+        if known not in _BYTES:
+            raise BenchError(f"--roofline: the server's {what} is {known!r}; known are {', '.join(_BYTES)}")
     from engine.kernels.roofline import measure_roofline  # it imports torch, which no other benchmark needs
 
-    return measure_roofline(facts.threads)
+    return measure_roofline(facts.threads, None if facts.isa in ("auto", "reference") else facts.isa)
 
 
 def shape_of(model: ModelConfig, dtype: str, kv_dtype: str) -> Shape:

@@ -31,7 +31,7 @@ class Facts:
     """What a server says of itself, and what its model's files say if they are on this machine.
 
     dtype: of weights and activations; kv_dtype: of the KV pool ("auto" where the server does not say).
-    threads: None where the server does not say.
+    threads: None where the server does not say. isa: what it was told to use.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Facts:
     context_length: int | None
     source: ModelSource | None
     model: ModelConfig | None
+    isa: str = "auto"
 
 
 @contextmanager
@@ -71,6 +72,8 @@ def read_facts(target: Target, *, started_here: bool) -> Facts:
     info = call_json(target, "GET", "/server_info")
     source, model = _read_model(info, started_here)
     dtype = str(info.get("dtype") or "auto")
+    if dtype == "auto" and model is not None and model.dtype is not None:
+        dtype = model.dtype  # another server's word for the checkpoint's own; ours says which that is
     kv_dtype = str(info.get("kv_cache_dtype") or "auto")
     return Facts(
         name=str(info.get("served_model_name") or info.get("model_path")),
@@ -80,6 +83,7 @@ def read_facts(target: Target, *, started_here: bool) -> Facts:
         context_length=info.get("context_length"),
         source=source,
         model=model,
+        isa=str(info.get("cpu_isa") or "auto"),
     )
 
 

@@ -130,11 +130,11 @@ def _without_effect(config: ServerConfig) -> Iterator[str]:
         ),
         (
             "--attention-backend", config.attention_backend, lambda value: value in OTHER_ATTENTION_BACKENDS,
-            "attention runs on torch",
+            "attention runs on the kernels that --cpu-isa chooses",
         ),
         (
             "--attention-backend", config.attention_backend, lambda value: value == "triton",
-            "its kernels need a GPU; attention runs on torch",
+            "its kernels need a GPU; attention runs on the kernels that --cpu-isa chooses",
         ),
         (
             "--grammar-backend", config.grammar_backend, lambda value: value in OTHER_GRAMMAR_BACKENDS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from array import array
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from engine.bench.http_client import Generation
 from engine.bench.load import Round
 from engine.bench.options import parse_bench
 from engine.bench.report import Report, table_text, write_json
-from engine.bench.roofline import reached, shape_of
+from engine.bench.roofline import measure, reached, shape_of
 from engine.bench.run import shown_options
 from engine.bench.server import Facts
 from engine.bench.transformers_run import their_figures
@@ -118,3 +119,19 @@ def test_files_are_written_or_their_option_is_named(report: Report, tmp_path: Pa
     for write, option in ((write_json, "--json"), (draw, "--png")):
         with pytest.raises(BenchError, match=option):
             write(report, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"threads": None}, "threads"),
+        ({"model": None}, "smol"),
+        ({"dtype": "auto"}, "dtype is 'auto'; known are float32"),
+        ({"kv_dtype": "fp8"}, "kv_cache_dtype is 'fp8'"),
+    ],
+)
+def test_a_roofline_without_what_it_needs_is_refused_by_name(
+    facts: Facts, changes: dict[str, object], said: str
+) -> None:
+    with pytest.raises(BenchError, match=said):
+        measure(dataclasses.replace(facts, **changes))  # type: ignore[arg-type]
