@@ -50,7 +50,6 @@ def configuration(folder: str, incremental: bool) -> RunConfig:
         model_type="llama",
         vocab_size=50000,
         context_length=100000,
-        is_generation=True,
         eos_ids=[2],
     )
     server = ServerConfig(skip_server_warmup=True, log_level="warning", incremental_streaming_output=incremental)

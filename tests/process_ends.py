@@ -62,7 +62,6 @@ def running(
                 model_type="llama",
                 vocab_size=vocab_size,
                 context_length=context_length,
-                is_generation=True,
                 eos_ids=[2],
             ),
             runtime_dir=runtime_dir,

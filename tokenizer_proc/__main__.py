@@ -12,10 +12,11 @@ from engine.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from engine.config import ConfigError, RunConfig
 from engine.config.environment import count_limit
 from engine.wire.process import arguments, begin, report_ready
+from engine.wire.results import Finish
 from engine.wire.sockets import Inbox, Outbox
 from engine.wire.to_frontend import Ended, ToFrontend
 from engine.wire.to_scheduler import ToScheduler
-from engine.wire.to_tokenizer import Generate, Tokenize, ToTokenizer
+from engine.wire.to_tokenizer import Embed, Generate, Judge, Tokenize, ToTokenizer
 from tokenizer_proc.admission import admit
 from tokenizer_proc.replies import tokenized
 from tokenizer_proc.validation import Bounds
@@ -46,6 +47,9 @@ def main() -> None:
                     accepted, admitted = outcome
                     frontend.send(accepted)
                     scheduler.send(admitted)
+            elif isinstance(message, Embed | Judge):
+                finish = Finish("abort", message="vectors are not built yet", status=400)
+                frontend.send(Ended(message.key, message.attempt, finish, "door"))
             elif isinstance(message, Tokenize):
                 frontend.send(tokenized(message, tokenizer, config.facts.context_length))
             else:

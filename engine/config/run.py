@@ -23,20 +23,42 @@ class ModelSource(msgspec.Struct, frozen=True, kw_only=True):
     path: str
 
 
+class PooledFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that answers a text with a vector.
+
+    kind: "embedding", or "classifier" (of labels, or one label: a reward or a relevance). width: entries of a vector.
+    cross_encoder: it judges pairs of texts (/v1/rerank). score_activation: what a pair's score is put through.
+    dimensions: lengths that an embedding may be cut to; empty: any; None: the model was not trained for that.
+    """
+
+    kind: Literal["embedding", "classifier"]
+    width: int
+    cross_encoder: bool = False
+    score_activation: Literal["identity", "sigmoid", "tanh", "relu"] = "identity"
+    dimensions: list[int] | None = None
+
+
 class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What every process needs to know of the model, so that only the scheduler has to read its config.
 
     vocab_size: valid token ids are [0, vocab_size).
     context_length: most prompt + output tokens of a request, `--context-length` applied.
     eos_ids: ids that end a generation, from the model's config and the tokenizer, ascending.
+    pooled: None for a model that generates.
+    judges: its chat template asks whether a document answers a query, with yes or no (/v1/rerank).
     """
 
     architectures: list[str]
     model_type: str | None
     vocab_size: int
     context_length: int
-    is_generation: bool
     eos_ids: list[int]
+    pooled: PooledFacts | None = None
+    judges: bool = False
+
+    @property
+    def is_generation(self) -> bool:
+        return self.pooled is None
 
 
 class RunConfig(msgspec.Struct, frozen=True, kw_only=True):

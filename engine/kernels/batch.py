@@ -20,6 +20,7 @@ class RaggedBatch:
     query_starts: S + 1 offsets into T. context_lengths: S, tokens of each sequence including the new ones.
     context_slots: int64 [sum(context_lengths)], the slots of each context in order, the new ones included.
     context_starts: S + 1 offsets into context_slots.
+    type_ids: int64 [T], the segment of each token, for models that tell segments apart; None: all 0.
 
     Contexts may share slots, and a context may hold a slot that another sequence writes in the same step
     (a layer writes all new K and V before any attention reads them).
@@ -33,6 +34,7 @@ class RaggedBatch:
     context_lengths: tuple[int, ...]
     context_slots: torch.Tensor
     context_starts: tuple[int, ...]
+    type_ids: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         tokens, sequences = self.token_ids.shape[0], len(self.context_lengths)
@@ -41,6 +43,8 @@ class RaggedBatch:
                 f"token_ids, positions and slots must have one length, not {tokens}, "
                 f"{self.positions.shape[0]} and {self.slots.shape[0]}"
             )
+        if self.type_ids is not None and self.type_ids.shape[0] != tokens:
+            raise ValueError(f"type_ids must hold {tokens} entries, not {self.type_ids.shape[0]}")
         if len(self.query_starts) != sequences + 1 or self.query_starts[0] != 0 or self.query_starts[-1] != tokens:
             raise ValueError(
                 f"query_starts of {sequences} sequences and {tokens} tokens must be {sequences + 1} offsets "

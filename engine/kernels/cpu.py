@@ -14,7 +14,7 @@ from engine.kernels.batch import RaggedBatch
 from engine.kernels.kv_cache import KvCache
 from engine.kernels.packed import PackedMatrix, packed_matrix
 from engine.kernels.record import PANEL, Recorder
-from engine.kernels.table import Doubles, Floats, Logprobs, Longs, Ops, Rows
+from engine.kernels.table import Doubles, Floats, Logprobs, Longs, Ops, Pooling, Rows
 
 EMPTY = RaggedBatch(
     token_ids=torch.zeros(1, dtype=torch.int64),
@@ -52,6 +52,9 @@ class PlanProgram:
         self.plan.run_head(rows)
         return torch.from_numpy(self.plan.view(self.logits_buffer, len(rows)))
 
+    def pooled(self) -> torch.Tensor:
+        raise NotImplementedError
+
 
 @dataclass(frozen=True, eq=False)
 class CpuBackend:
@@ -85,6 +88,7 @@ class CpuBackend:
         head: Callable[[Ops, Any], Any],
         cache: KvCache,
         dtype: torch.dtype,
+        pooling: Pooling = "row",
     ) -> PlanProgram:
         plan = _cpu.Plan(self.team, self.isa)
         recorder = Recorder(plan, dtype)

@@ -12,28 +12,36 @@ from engine.kernels import reference, reference_sampling
 from engine.kernels.batch import RaggedBatch
 from engine.kernels.dense import DenseMatrix
 from engine.kernels.kv_cache import KvCache
-from engine.kernels.table import Doubles, Floats, Logprobs, Longs, Ops, Rows
+from engine.kernels.table import Doubles, Floats, Logprobs, Longs, Ops, Pooling, Rows
 
 
 @dataclass(slots=True)
 class EagerProgram:
-    """hidden: what the last step returned."""
+    """batch, hidden: of the last step. rows: what the head was last given."""
 
     step: Callable[[Ops, RaggedBatch, KvCache], Any]
     head: Callable[[Ops, Any], Any]
     cache: KvCache
+    pooling: Pooling = "row"
+    batch: RaggedBatch | None = None
     hidden: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
 
     @torch.inference_mode()
     def run(self, batch: RaggedBatch, rows: Rows) -> torch.Tensor:
-        self.hidden = self.step(reference, batch, self.cache)
+        self.batch, self.hidden = batch, self.step(reference, batch, self.cache)
         return self.logits(rows)
 
     @torch.inference_mode()
     def logits(self, rows: Rows) -> torch.Tensor:
-        assert self.hidden is not None, "logits are asked for before a step was run"
-        result: torch.Tensor = self.head(reference, self.hidden[torch.from_numpy(rows)])
+        assert self.hidden is not None and self.batch is not None, "logits are asked for before a step was run"
+        self.rows = reference.pool(self.hidden, self.batch, torch.from_numpy(rows), self.pooling)
+        result: torch.Tensor = self.head(reference, self.rows)
         return result
+
+    def pooled(self) -> torch.Tensor:
+        assert self.rows is not None, "pooled rows are asked for before a step was run"
+        return self.rows.to(torch.float32)
 
 
 @dataclass(frozen=True)
@@ -58,8 +66,9 @@ class EagerBackend:
         head: Callable[[Ops, Any], Any],
         cache: KvCache,
         dtype: torch.dtype,
+        pooling: Pooling = "row",
     ) -> EagerProgram:
-        return EagerProgram(step, head, cache)
+        return EagerProgram(step, head, cache, pooling)
 
     def best(self, logits: torch.Tensor) -> tuple[Longs, Floats]:
         return reference_sampling.best(logits)

@@ -29,6 +29,14 @@ def allocate_kv_cache(config: ModelConfig, slots: int, dtype: torch.dtype, devic
     return KvCache(keys=allocate(shape, dtype=dtype), values=allocate(shape, dtype=dtype))
 
 
+def step_cache(config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device | str) -> KvCache:
+    """Room for the K and V of one step of at most `tokens` tokens, which all layers use in turn: nothing is kept."""
+    shape = (1, config.num_kv_heads, tokens, config.head_dim)
+    allocate = host_tensor if torch.device(device).type == "cpu" else torch.empty
+    keys, values = (allocate(shape, dtype=dtype).expand(config.num_layers, -1, -1, -1) for _ in range(2))
+    return KvCache(keys=keys, values=values)
+
+
 def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes that one token takes in the pool, keys and values of all layers together."""
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize

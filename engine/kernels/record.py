@@ -15,6 +15,7 @@ import torch
 from engine.kernels import _cpu
 from engine.kernels.batch import RaggedBatch
 from engine.kernels.packed import DTYPES, PackedMatrix
+from engine.kernels.table import Activation as Function
 from engine.kernels.table import RotaryFrequencies
 
 WIDE = DTYPES[torch.float32]
@@ -71,22 +72,29 @@ class Recorder:
         return DTYPES[torch.bfloat16] if self.dtype == torch.bfloat16 else WIDE
 
     def begin_step(
-        self, batch: RaggedBatch, rotary: RotaryFrequencies, kv_heads: int, windows: tuple[int | None, ...]
+        self,
+        batch: RaggedBatch,
+        rotaries: tuple[RotaryFrequencies, ...],
+        kv_heads: int,
+        windows: tuple[int | None, ...],
+        *,
+        causal: bool = True,
     ) -> Rotary:
+        (rotary,) = rotaries
         half = len(rotary.inverse)
         step = Rotary(self._buffer("cosines", half, WIDE), self._buffer("sines", half, WIDE), half)
         self.plan.angles(self._address(rotary.inverse), half, rotary.factor, step.cosines, step.sines)
         return step
 
-    def embedding(self, token_ids: Any, weight: PackedMatrix) -> Activation:
+    def embedding(self, token_ids: Any, weight: PackedMatrix, scale: float = 1.0) -> Activation:
         out = Activation(self._buffer("residual", weight.inputs, WIDE), weight.inputs)
         self.plan.embedding(weight.packed, out.buffer)
         return out
 
-    def linear(self, x: Activation | Normed, weight: PackedMatrix) -> Product:
+    def linear(self, x: Activation | Normed, weight: PackedMatrix, activation: Function = "identity") -> Product:
         return Product(self._settled(x), weight)
 
-    def gated_linear(self, x: Activation | Normed, weight: PackedMatrix) -> Activation:
+    def gated_linear(self, x: Activation | Normed, weight: PackedMatrix, activation: Function = "silu") -> Activation:
         out = Activation(self._buffer("gated", weight.outputs // 2, self.narrow), weight.outputs // 2)
         self.plan.linear(self._settled(x).buffer, weight.packed, out.buffer, "gate", False)
         return out
@@ -111,6 +119,7 @@ class Recorder:
         eps: float,
         keys: torch.Tensor,
         values: torch.Tensor,
+        rotary: int | None,
         step: Rotary,
     ) -> Activation:
         kv_heads, _, head_dim = keys.shape

@@ -13,7 +13,7 @@ from torch.nn import functional
 from engine.kernels.batch import RaggedBatch
 from engine.kernels.dense import DenseMatrix
 from engine.kernels.reference_attention import AttentionPlan, attend, plan_attention
-from engine.kernels.table import RotaryFrequencies
+from engine.kernels.table import Activation, Pooling, RotaryFrequencies
 
 # Elements of the head that are converted to float32 at once: a copy that stays in the CPU's cache.
 LOGITS_BLOCK = 1 << 20
@@ -23,40 +23,75 @@ LOGITS_BLOCK = 1 << 20
 class StepContext:
     """What the layers of a step share.
 
-    cos, sin: float32 [T, 1, rotary_dim], the attention factor included; sin is negated in the first half.
+    rotations: cos and sin of each rotary: float32 [T, 1, rotary_dim], the attention factor included; sin is negated in
+    the first half.
     slots: the batch's. attention: window → which rows read which keys.
     """
 
-    cos: torch.Tensor
-    sin: torch.Tensor
+    rotations: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     slots: torch.Tensor
     attention: dict[int | None, AttentionPlan]
 
 
 def begin_step(
-    batch: RaggedBatch, rotary: RotaryFrequencies, kv_heads: int, windows: tuple[int | None, ...]
+    batch: RaggedBatch,
+    rotaries: tuple[RotaryFrequencies, ...],
+    kv_heads: int,
+    windows: tuple[int | None, ...],
+    *,
+    causal: bool = True,
 ) -> StepContext:
-    angles = (batch.positions.to(torch.float32)[:, None] * rotary.inverse)[:, None, :]
-    cos, sin = angles.cos() * rotary.factor, angles.sin() * rotary.factor
     return StepContext(
-        cos=torch.cat((cos, cos), dim=-1),
-        sin=torch.cat((-sin, sin), dim=-1),
+        rotations=tuple(_rotation(batch.positions, rotary) for rotary in rotaries),
         slots=batch.slots,
-        attention={window: plan_attention(batch, window) for window in windows},
+        attention={window: plan_attention(batch, window, causal=causal) for window in windows},
     )
 
 
-def embedding(token_ids: torch.Tensor, weight: DenseMatrix) -> torch.Tensor:
-    return functional.embedding(token_ids, weight.weight)
+def _rotation(positions: torch.Tensor, rotary: RotaryFrequencies) -> tuple[torch.Tensor, torch.Tensor]:
+    angles = (positions.to(torch.float32)[:, None] * rotary.inverse)[:, None, :]
+    cos, sin = angles.cos() * rotary.factor, angles.sin() * rotary.factor
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
-def linear(x: torch.Tensor, weight: DenseMatrix) -> torch.Tensor:
-    return functional.linear(x, weight.weight, weight.offset)
+def embedding(token_ids: torch.Tensor, weight: DenseMatrix, scale: float = 1.0) -> torch.Tensor:
+    rows = functional.embedding(token_ids, weight.weight)
+    return rows if scale == 1.0 else rows * scale
 
 
-def gated_linear(x: torch.Tensor, weight: DenseMatrix) -> torch.Tensor:
+def embedding_sum(
+    batch: RaggedBatch, tokens: DenseMatrix, positions: DenseMatrix, types: DenseMatrix | None, first_position: int
+) -> torch.Tensor:
+    total = functional.embedding(batch.token_ids, tokens.weight)
+    if types is not None:
+        type_ids = torch.zeros_like(batch.token_ids) if batch.type_ids is None else batch.type_ids
+        total = total + functional.embedding(type_ids, types.weight)
+    return total + functional.embedding(batch.positions + first_position, positions.weight)
+
+
+def activate(x: torch.Tensor, activation: Activation) -> torch.Tensor:
+    match activation:
+        case "identity":
+            return x
+        case "silu":
+            return functional.silu(x)
+        case "gelu":
+            return functional.gelu(x)
+        case "gelu_tanh":
+            return functional.gelu(x, approximate="tanh")
+        case "relu":
+            return functional.relu(x)
+        case "tanh":
+            return torch.tanh(x)
+
+
+def linear(x: torch.Tensor, weight: DenseMatrix, activation: Activation = "identity") -> torch.Tensor:
+    return activate(functional.linear(x, weight.weight, weight.offset), activation)
+
+
+def gated_linear(x: torch.Tensor, weight: DenseMatrix, activation: Activation = "silu") -> torch.Tensor:
     gate, up = linear(x, weight).chunk(2, dim=-1)
-    return functional.silu(gate) * up
+    return activate(gate, activation) * up
 
 
 def rms_norm(
@@ -66,6 +101,13 @@ def rms_norm(
     return functional.rms_norm(total, weight.shape, weight, eps), total
 
 
+def layer_norm(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> torch.Tensor:
+    total = x if residual is None else x + residual
+    return functional.layer_norm(total, weight.shape, weight, bias, eps)
+
+
 def rotary_store(
     qkv: torch.Tensor,
     q_norm: torch.Tensor | None,
@@ -73,6 +115,7 @@ def rotary_store(
     eps: float,
     keys: torch.Tensor,
     values: torch.Tensor,
+    rotary: int | None,
     step: StepContext,
 ) -> torch.Tensor:
     kv_heads, head_dim = keys.shape[0], keys.shape[2]
@@ -84,7 +127,8 @@ def rotary_store(
         q_normed = functional.rms_norm(queries, q_norm.shape, q_norm, eps)
         k_normed = functional.rms_norm(new_keys, k_norm.shape, k_norm, eps)
         rotated = torch.cat((q_normed, k_normed), dim=1)
-    rotated = _rotate(rotated, step.cos, step.sin)
+    if rotary is not None:
+        rotated = _rotate(rotated, *step.rotations[rotary])
     keys.index_copy_(1, step.slots, rotated[:, query_heads:].to(keys.dtype).transpose(0, 1))
     values.index_copy_(1, step.slots, heads[:, query_heads + kv_heads :].to(values.dtype).transpose(0, 1))
     return rotated[:, :query_heads]
@@ -111,9 +155,30 @@ def attention(
 
 def logits(rows: torch.Tensor, weight: DenseMatrix) -> torch.Tensor:
     head = weight.weight
+    bias = None if weight.offset is None else weight.offset.to(torch.float32)
     if head.dtype == torch.float32:
-        return functional.linear(rows, head)
+        return functional.linear(rows, head, bias)
     # Logits rounded to bfloat16 would tie; a matrix product that returns float32 needs float32 inputs on a CPU.
     rows = rows.to(torch.float32)
     block = max(1, LOGITS_BLOCK // head.shape[1])
-    return torch.cat([functional.linear(rows, part.to(torch.float32)) for part in head.split(block)], dim=-1)
+    found = torch.cat([functional.linear(rows, part.to(torch.float32)) for part in head.split(block)], dim=-1)
+    return found if bias is None else found + bias
+
+
+def vectors(rows: torch.Tensor) -> torch.Tensor:
+    return rows.to(torch.float32)
+
+
+def pool(hidden: torch.Tensor, batch: RaggedBatch, rows: torch.Tensor, pooling: Pooling) -> torch.Tensor:
+    """What the head gets (`table.Pooling`): hidden [T, H] → [R, H]."""
+    if pooling == "row":
+        return hidden[rows]
+    first = {stop - 1: start for start, stop in zip(batch.query_starts, batch.query_starts[1:], strict=False)}
+    sequences = [hidden[first[row] : row + 1] for row in rows.tolist()]
+    match pooling:
+        case "first":
+            return torch.stack([sequence[0] for sequence in sequences])
+        case "mean":
+            return torch.stack([sequence.float().mean(dim=0).to(hidden.dtype) for sequence in sequences])
+        case "max":
+            return torch.stack([sequence.amax(dim=0) for sequence in sequences])

@@ -38,7 +38,7 @@ class DecodeGroup:
 class QueryBlock:
     """Queries [start, stop) of the batch, which read the keys [first_key, last_key) of their chunk's.
 
-    visible: bool [queries, keys]; None: query i sees the keys up to i and there are as many keys as queries.
+    visible: bool [queries or 1, keys]; None: query i sees the keys up to i and there are as many keys as queries.
     """
 
     start: int
@@ -62,15 +62,18 @@ class AttentionPlan:
     chunks: tuple[Chunk, ...]
 
 
-def plan_attention(batch: RaggedBatch, window: int | None) -> AttentionPlan:
-    """Which queries of `batch` read which keys together, under a sliding window or none."""
+def plan_attention(batch: RaggedBatch, window: int | None, *, causal: bool = True) -> AttentionPlan:
+    """Which queries of `batch` read which keys together, under a sliding window or none.
+
+    causal: False: all queries of a sequence see all its keys; there is no window then.
+    """
     decodes: list[tuple[int, int]] = []  # (keys to read, sequence)
     chunks: list[Chunk] = []
     for sequence, length in enumerate(batch.context_lengths):
         if batch.query_starts[sequence + 1] - batch.query_starts[sequence] == 1:
             decodes.append((length if window is None else min(length, window), sequence))
         else:
-            chunks.append(_plan_chunk(batch, sequence, window))
+            chunks.append(_plan_chunk(batch, sequence, window) if causal else _plan_whole(batch, sequence))
     groups = tuple(_plan_decodes(batch, group) for group in _similar_lengths(decodes))
     return AttentionPlan(groups, tuple(chunks))
 
@@ -121,6 +124,15 @@ def _plan_chunk(batch: RaggedBatch, sequence: int, window: int | None) -> Chunk:
         blocks.append(QueryBlock(start + first, start + last, first_key - skipped, last_key - skipped, visible))
     slots = batch.context_slots[base + skipped : base + length]
     return Chunk(slots, tuple(blocks))
+
+
+def _plan_whole(batch: RaggedBatch, sequence: int) -> Chunk:
+    """All keys of a sequence, seen by all its queries."""
+    base, length = batch.context_starts[sequence], batch.context_lengths[sequence]
+    slots = batch.context_slots[base : base + length]
+    everything = torch.ones((1, length), dtype=torch.bool, device=slots.device)
+    block = QueryBlock(batch.query_starts[sequence], batch.query_starts[sequence + 1], 0, length, everything)
+    return Chunk(slots, (block,))
 
 
 def attend(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -29,6 +29,13 @@ Longs = NDArray[np.int64]
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Rows = Longs
+
+Activation = Literal["identity", "silu", "gelu", "gelu_tanh", "relu", "tanh"]
+"""A function of each entry: gelu is x * Phi(x) by the error function, gelu_tanh its approximation by tanh."""
+
+Pooling = Literal["row", "first", "mean", "max"]
+"""What a program makes of a sequence before its head: the row asked for, or, over all rows of the sequence that ends
+with that row, the first, the mean or the largest of each channel."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,13 +80,18 @@ class Program(Protocol):
     def run(self, batch: RaggedBatch, rows: Rows) -> torch.Tensor:
         """Compute a step: writes the new tokens' K and V into the pool.
 
-        Returns the logits of `rows` (indices into the batch's tokens), float32 [R, V] on the host or the device. The
-        tensor may be overwritten in place, and is valid until the program's next call.
+        Returns what the head makes of `rows` (indices into the batch's tokens), logits for instance: float32 [R, V] on
+        the host or the device. The tensor may be overwritten in place, and is valid until the program's next call.
+        With another pooling than "row" each row must be the last of a sequence that lies wholly in this step.
         """
         ...
 
     def logits(self, rows: Rows) -> torch.Tensor:
-        """The logits of other rows of the last step, likewise."""
+        """The same for other rows of the last step."""
+        ...
+
+    def pooled(self) -> torch.Tensor:
+        """What the head was last given: float32 [R, H], valid until the program's next call."""
         ...
 
 
@@ -87,25 +99,40 @@ class Ops(Protocol):
     """One implementation of the table. A step object is its own affair: a model only passes it on."""
 
     def begin_step(
-        self, batch: RaggedBatch, rotary: RotaryFrequencies, kv_heads: int, windows: tuple[int | None, ...]
+        self,
+        batch: RaggedBatch,
+        rotaries: tuple[RotaryFrequencies, ...],
+        kv_heads: int,
+        windows: tuple[int | None, ...],
+        *,
+        causal: bool = True,
     ) -> Any:
         """What all layers of a step share: rotary angles, and the layout of attention for each of `windows`.
 
+        rotaries: one for each base that layers rotate with; none where positions are told otherwise.
         kv_heads: K, the same in all layers.
         windows: the distinct values of `window` that `attention` will be called with in this step.
+        causal: False: every token sees its whole sequence, all of which must then be new; without windows.
         """
         ...
 
-    def embedding(self, token_ids: torch.Tensor, weight: Any) -> torch.Tensor:
-        """Rows of the matrix `weight` [V, H] for int64 token ids [T] → activations [T, H]."""
+    def embedding(self, token_ids: torch.Tensor, weight: Any, scale: float = 1.0) -> torch.Tensor:
+        """Rows of the matrix `weight` [V, H] for int64 token ids [T], times `scale` → activations [T, H]."""
         ...
 
-    def linear(self, x: torch.Tensor, weight: Any) -> torch.Tensor:
-        """x [T, in] times the transpose of the matrix [out, in], plus its bias → activations [T, out]."""
+    def embedding_sum(
+        self, batch: RaggedBatch, tokens: Any, positions: Any, types: Any | None, first_position: int
+    ) -> torch.Tensor:
+        """The sum of three rows for each token → activations [T, H]: of `tokens` [V, H] by its id, of `positions`
+        [P, H] by its position + first_position, and of `types` [S, H] by its type id (None: no such part)."""
         ...
 
-    def gated_linear(self, x: torch.Tensor, weight: Any) -> torch.Tensor:
-        """silu(gate) * up, where gate and up are the halves of x [T, in] through a gated matrix [2 F, in] → [T, F]."""
+    def linear(self, x: torch.Tensor, weight: Any, activation: Activation = "identity") -> torch.Tensor:
+        """x [T, in] times the transpose of the matrix [out, in], plus its bias, `activation` of that → [T, out]."""
+        ...
+
+    def gated_linear(self, x: torch.Tensor, weight: Any, activation: Activation = "silu") -> torch.Tensor:
+        """activation(gate) * up, the halves of x [T, in] through a gated matrix [2 F, in] → [T, F]."""
         ...
 
     def rms_norm(
@@ -117,6 +144,13 @@ class Ops(Protocol):
         """
         ...
 
+    def layer_norm(
+        self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        """(x + residual) less its mean, divided by its standard deviation (of variance + eps), times weight [H] plus
+        bias [H] → [T, H], which may be the next residual."""
+        ...
+
     def rotary_store(
         self,
         qkv: torch.Tensor,
@@ -125,6 +159,7 @@ class Ops(Protocol):
         eps: float,
         keys: torch.Tensor,
         values: torch.Tensor,
+        rotary: int | None,
         step: Any,
     ) -> torch.Tensor:
         """Split fused projections, rotate queries and keys, and write keys and values into the pool.
@@ -132,6 +167,7 @@ class Ops(Protocol):
         qkv: [T, (Q + 2 K) D]: all query heads, then all key heads, then all value heads.
         q_norm, k_norm: [D] or both None: scale of an RMS norm of each head, applied before the rotation.
         keys, values: [K, slots, D], one layer's pool, written at the batch's `slots`.
+        rotary: which of the step's rotaries; None: nothing is rotated.
         Of each head the first rotary_dim channels are rotated, channel i with channel i + rotary_dim / 2, by the
         angle position * inverse[i]; the others pass through. Returns the queries, [T, Q, D].
         """
@@ -146,7 +182,7 @@ class Ops(Protocol):
         window: int | None,
         step: Any,
     ) -> torch.Tensor:
-        """Causal attention of the new tokens over their sequences' contexts in the pool.
+        """Attention of the new tokens over their sequences' contexts in the pool, causal if the step is.
 
         queries: [T, Q, D]; keys, values: [K, slots, D]. scale multiplies the scores before the softmax.
         window: a token sees itself and at most the window - 1 tokens before it; None: all before it.
@@ -155,7 +191,12 @@ class Ops(Protocol):
         ...
 
     def logits(self, rows: torch.Tensor, weight: Any) -> torch.Tensor:
-        """rows [R, H] times the transpose of the matrix [V, H] → float32 [R, V], not rounded to the weights' dtype."""
+        """rows [R, H] times the transpose of the matrix [V, H], plus its bias → float32 [R, V], not rounded to the
+        weights' dtype."""
+        ...
+
+    def vectors(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows [R, H] as float32: what a head without a matrix returns."""
         ...
 
 
@@ -187,8 +228,9 @@ class Backend(Protocol):
         head: Callable[[Ops, Any], Any],
         cache: KvCache,
         dtype: torch.dtype,
+        pooling: Pooling = "row",
     ) -> Program:
-        """Make a program of a model's two functions: a step → hidden [T, H], and rows of hidden [R, H] → logits.
+        """Make a program of a model's two functions: a step → hidden [T, H], and pooled rows of it [R, H] → logits.
 
         Both consist of calls of ops. They may be called once, now, or at each step. dtype: of the model's weights.
         """

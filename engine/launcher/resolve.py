@@ -53,7 +53,6 @@ def resolve(config: ServerConfig) -> Resolved:
         model_type=model_config.model_type,
         vocab_size=model_config.vocab_size,
         context_length=context_length,
-        is_generation=not config.is_embedding,
         eos_ids=_eos_ids(model_config, tokenizer),
     )
     return Resolved(_filled_in(config, model, model_config, context_length), model, tokenizer, facts, warnings)

@@ -9,6 +9,7 @@ import torch
 
 from engine.checkpoints.errors import CheckpointError
 from engine.checkpoints.model_config import ModelConfig
+from engine.checkpoints.task import Task
 from engine.checkpoints.weights import Place
 from engine.kernels.batch import RaggedBatch
 from engine.kernels.kv_cache import KvCache
@@ -30,6 +31,7 @@ class Decoder:
     """A decoder with its head; see `engine.models.model.Model` for what each member means."""
 
     config: ModelConfig
+    task: Task
     traits: DecoderTraits
     dtype: torch.dtype
     weights: DecoderWeights
@@ -37,6 +39,10 @@ class Decoder:
     places: dict[str, Place]
     ignored: tuple[str, ...]
     backend: Backend
+
+    @property
+    def reads_whole(self) -> bool:
+        return False
 
     @property
     def weight_bytes(self) -> int:
@@ -49,7 +55,7 @@ class Decoder:
         """One step: the new tokens → [T, hidden] after the final norm."""
         weights, eps = self.weights, self.config.rms_norm_eps
         windows = tuple(dict.fromkeys(self.traits.windows))
-        step = ops.begin_step(batch, self.rotary, self.config.num_kv_heads, windows)
+        step = ops.begin_step(batch, (self.rotary,), self.config.num_kv_heads, windows)
         x = ops.embedding(batch.token_ids, weights.embedding)
         residual: torch.Tensor | None = None
         for layer, window, keys, values in zip(
@@ -77,7 +83,7 @@ def attention_block(
 ) -> torch.Tensor:
     """Attention with its projections: x [T, hidden] → [T, hidden]; keys, values: one layer's pool, written at first."""
     qkv = ops.linear(x, weights.qkv)
-    queries = ops.rotary_store(qkv, weights.q_norm, weights.k_norm, eps, keys, values, step)
+    queries = ops.rotary_store(qkv, weights.q_norm, weights.k_norm, eps, keys, values, 0, step)
     head_dim: int = keys.shape[2]
     attended = ops.attention(queries, keys, values, head_dim**-0.5, window, step)
     return ops.linear(attended, weights.output)
@@ -88,12 +94,15 @@ def gated_mlp(ops: Ops, weights: MlpWeights, x: torch.Tensor) -> torch.Tensor:
     return ops.linear(ops.gated_linear(x, weights.gate_up), weights.down)
 
 
-def build_decoder(config: ModelConfig, traits: DecoderTraits, *, dtype: torch.dtype, backend: Backend) -> Decoder:
+def build_decoder(
+    config: ModelConfig, traits: DecoderTraits, task: Task, *, dtype: torch.dtype, backend: Backend
+) -> Decoder:
     """Allocate a decoder. Raises CheckpointError where the config asks for what a decoder of this shape has not."""
     _check(config, traits)
     weights, places = allocate_decoder(config, traits, dtype, backend)
     return Decoder(
         config=config,
+        task=task,
         traits=traits,
         dtype=dtype,
         weights=weights,

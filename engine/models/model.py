@@ -8,13 +8,14 @@ from typing import Protocol
 import torch
 
 from engine.checkpoints.model_config import ModelConfig
+from engine.checkpoints.task import Task
 from engine.checkpoints.weights import Place
 from engine.kernels.kv_cache import KvCache
 from engine.kernels.table import Backend, Program
 
 
 class Model(Protocol):
-    """A causal language model whose weights are allocated but not filled: write each tensor into its place first."""
+    """A model whose weights are allocated but not filled: write each tensor into its place first."""
 
     @property
     def config(self) -> ModelConfig: ...
@@ -27,6 +28,15 @@ class Model(Protocol):
     @property
     def backend(self) -> Backend:
         """What computes the model, and samples from its logits."""
+        ...
+
+    @property
+    def task(self) -> Task: ...
+
+    @property
+    def reads_whole(self) -> bool:
+        """All tokens of a sequence must be computed in one step, since they see one another or are pooled: nothing of
+        it can be cached. `program` then takes a `step_cache`."""
         ...
 
     @property

@@ -8,6 +8,7 @@ import torch
 
 from engine.checkpoints.errors import CheckpointError
 from engine.checkpoints.model_config import ModelConfig
+from engine.checkpoints.task import Task
 from engine.kernels.table import Backend
 from engine.layers.decoder import build_decoder
 from engine.layers.weights import DecoderTraits
@@ -21,13 +22,15 @@ _DECODERS: dict[str, Callable[[ModelConfig], DecoderTraits]] = {
     "Qwen3ForCausalLM": qwen3.traits,
 }
 
+GENERATION = Task()
+
 
 def known_architectures() -> list[str]:
     """The architectures that `build_model` accepts, in alphabetical order."""
     return sorted(_DECODERS)
 
 
-def build_model(config: ModelConfig, *, dtype: torch.dtype, backend: Backend) -> Model:
+def build_model(config: ModelConfig, task: Task = GENERATION, *, dtype: torch.dtype, backend: Backend) -> Model:
     """Allocate the model of `config.architecture`, its weights unfilled (see `Model.places`).
 
     dtype: of weights and activations. Raises CheckpointError for an unknown architecture and for a config
@@ -38,4 +41,4 @@ def build_model(config: ModelConfig, *, dtype: torch.dtype, backend: Backend) ->
         raise CheckpointError(
             f"unknown architecture {config.architecture!r}; known ones: {', '.join(known_architectures())}"
         )
-    return build_decoder(config, family(config), dtype=dtype, backend=backend)
+    return build_decoder(config, family(config), task, dtype=dtype, backend=backend)

@@ -64,6 +64,24 @@ class TextStep(msgspec.Struct, frozen=True, array_like=True, tag=True):
     retracted: dict[int, int]
 
 
+class Vectors(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """A step's vectors: request `keys[i]`, attempt `attempts[i]`, has `widths[i]` of the entries that lie end to end in
+    `entries` (float32, little-endian). Each request ends with it.
+
+    hidden: by row number, the pooled hidden state (float32) of those that want it.
+    retracted: key → how often it has been preempted.
+    """
+
+    keys: list[int]
+    attempts: list[int]
+    prompt_tokens: list[int]
+    widths: list[int]
+    entries: bytes
+    hidden: dict[int, bytes]
+    retracted: dict[int, int]
+    weight_version: str
+
+
 class Flushed(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Answer to `FlushCache`; `done` is false when the scheduler was not idle in time."""
 
@@ -96,5 +114,5 @@ class Detokenized(msgspec.Struct, frozen=True, array_like=True, tag=True):
     bad_ids: bool = False
 
 
-FromRing = Accepted | Ended | TextStep | Flushed | State | Tokenized | Detokenized
+FromRing = Accepted | Ended | TextStep | Vectors | Flushed | State | Tokenized | Detokenized
 ToFrontend = FromRing | FromLauncher

@@ -8,10 +8,23 @@ import msgspec
 from engine.wire.sampling import LogprobOptions, Sampling, TextOptions
 
 
+class VectorOptions(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """A request that is answered by the model's vector for its prompt.
+
+    type_ids: uint8, the segment of each prompt token; empty: all 0. dimensions: entries to keep, None for all.
+    with_hidden: the pooled hidden state is wanted as well.
+    """
+
+    type_ids: bytes = b""
+    dimensions: int | None = None
+    with_hidden: bool = False
+
+
 class Admit(msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=True):
     """A request whose fields are in range and whose prompt fits the context.
 
     input_ids, output_ids: int32, little-endian; the latter was delivered by an earlier attempt.
+    vector: answered by `to_frontend.Vectors` instead of tokens.
     """
 
     key: int
@@ -24,6 +37,7 @@ class Admit(msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=True
     logprobs: LogprobOptions | None
     extra_key: str | None
     priority: int | None
+    vector: VectorOptions | None = None
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag=True):

@@ -32,6 +32,37 @@ class Generate(msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=T
     priority: int | None = None
 
 
+class Embed(msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=True):
+    """One text (or pair of texts) whose vector is wanted; answered by `to_frontend.Vectors`.
+
+    Exactly one of text and input_ids is set. pair: the second text, where a pair is to be judged.
+    """
+
+    key: int
+    attempt: int
+    rid: str
+    text: str | None
+    pair: str | None
+    input_ids: bytes | None
+    dimensions: int | None = None
+    with_hidden: bool = False
+    priority: int | None = None
+
+
+class Judge(msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=True):
+    """Whether `document` answers `query`, asked with the chat template of a model that says yes or no.
+
+    Answered as a `Generate` of no new tokens is, with the logprobs of "yes" and "no", in this order.
+    """
+
+    key: int
+    attempt: int
+    rid: str
+    query: str
+    document: str
+    instruct: str | None
+
+
 class Tokenize(msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=True):
     """A `/tokenize` call: `prompts`, or `messages` to be rendered with the chat template.
 
@@ -48,4 +79,4 @@ class Tokenize(msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=T
     template_kwargs: dict[str, Any]
 
 
-ToTokenizer = Generate | Tokenize | Control
+ToTokenizer = Generate | Embed | Judge | Tokenize | Control

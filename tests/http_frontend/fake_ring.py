@@ -248,7 +248,6 @@ def run_config(runtime_dir: str, launcher_pid: int, **server: Any) -> RunConfig:
         model_type="llama",
         vocab_size=1000,
         context_length=4096,
-        is_generation=True,
         eos_ids=[2],
     )
     source = ModelSource(name="org/model-x", kind="folder", path="/nowhere")

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.config import ConfigError, ModelFacts, ModelSource, RunConfig, ServerConfig
+from engine.config.run import PooledFacts
 from http_frontend.defaults import read_preferred, sample_seed
 from http_frontend.errors import RefusedError
 from http_frontend.generate import read_generate
@@ -26,7 +27,12 @@ def desk(running: set[str] = frozenset(), is_generation: bool = True, **server: 
     config = ServerConfig(**server)
     source = ModelSource(name="m", kind="folder", path="/m")
     facts = ModelFacts(
-        architectures=[], model_type=None, vocab_size=1000, context_length=99, is_generation=is_generation, eos_ids=[]
+        architectures=[],
+        model_type=None,
+        vocab_size=1000,
+        context_length=99,
+        eos_ids=[],
+        pooled=None if is_generation else PooledFacts(kind="embedding", width=8),
     )
     run = RunConfig(
         server=config,

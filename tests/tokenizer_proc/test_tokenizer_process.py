@@ -135,9 +135,7 @@ def test_a_tokenizer_that_cannot_be_loaded_is_said_in_one_line(tmp_path: Path) -
         server=ServerConfig(),
         model=source(tmp_path),
         tokenizer=source(tmp_path),
-        facts=ModelFacts(
-            architectures=[], model_type=None, vocab_size=9, context_length=9, is_generation=True, eos_ids=[]
-        ),
+        facts=ModelFacts(architectures=[], model_type=None, vocab_size=9, context_length=9, eos_ids=[]),
         runtime_dir=str(tmp_path),
         launcher_pid=os.getpid(),
         launch_command="test",

@@ -104,7 +104,7 @@ def check(
     queries = random(seed + 2, batch.num_tokens, shape.heads, shape.head_dim, dtype=dtype)
     found = attend(isa, 2, shape, sequences, queries, layer, out)
 
-    step = reference.begin_step(batch, RotaryFrequencies(torch.ones(1), 1.0), shape.kv_heads, (shape.window,))
+    step = reference.begin_step(batch, (RotaryFrequencies(torch.ones(1), 1.0),), shape.kv_heads, (shape.window,))
     exact_layer = [pool.double() for pool in layer]
     expected = reference.attention(queries.double(), *exact_layer, shape.scale, shape.window, step)
     largest = float(exact_layer[1].nan_to_num().abs().max())

@@ -224,9 +224,9 @@ def check_rotary(
     batch = batch_of([(tokens, slots.tolist())], positions.tolist())
     expected_keys, expected_values = (torch.full((kv_heads, tokens + 5, head_dim), 9.0).double() for _ in range(2))
     exact_norms = [None if v is None else v.double() for v in norms]
-    step = reference.begin_step(batch, rotary, kv_heads, (None,))
+    step = reference.begin_step(batch, (rotary,), kv_heads, (None,))
     expected = reference.rotary_store(
-        qkv.double(), exact_norms[0], exact_norms[1], EPS, expected_keys, expected_values, step
+        qkv.double(), exact_norms[0], exact_norms[1], EPS, expected_keys, expected_values, 0, step
     )
     steps = {F32: 0.0, BF16: BFLOAT16_STEP, F16: 2.0**-11}
     found = read(plan, queries, tokens).view(tokens, heads, padded)

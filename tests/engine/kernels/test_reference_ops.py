@@ -135,8 +135,8 @@ def test_rotary_store(
     qkv = random(seed + 1, tokens, (query_heads + 2 * kv_heads) * head_dim, dtype=dtype)
     norms = [random(seed + 2 + i, head_dim, dtype=dtype) if normed else None for i in range(2)]
     keys, values = (torch.full((kv_heads, slots, head_dim), 9.0, dtype=kv_dtype) for _ in range(2))
-    step = OPS.begin_step(batch, rotary, kv_heads, (None,))
-    queries = OPS.rotary_store(qkv, norms[0], norms[1], EPS, keys, values, step)
+    step = OPS.begin_step(batch, (rotary,), kv_heads, (None,))
+    queries = OPS.rotary_store(qkv, norms[0], norms[1], EPS, keys, values, 0, step)
 
     def rotated(head: Array, norm: torch.Tensor | None, position: int) -> Array:
         head = head if norm is None else naive_rms_norm(head, exact(norm))
@@ -215,7 +215,7 @@ def test_attention(dtype: torch.dtype, kv_heads: int, group: int, head_dim: int,
     }
     with mock.patch.multiple(reference_attention, **bounds):
         frequencies = RotaryFrequencies(torch.ones(0), 1.0)
-        step = OPS.begin_step(batch, frequencies, kv_heads, (window,))
+        step = OPS.begin_step(batch, (frequencies,), kv_heads, (window,))
         result = OPS.attention(queries, keys, values, scale, window, step)
     expected = naive_attention(batch, exact(queries), exact(keys), exact(values), scale, window)
     check(result, expected, dtype, roundings=4 if dtype == torch.float32 else 3)
@@ -226,7 +226,7 @@ def test_long_chunk_after_a_long_prefix() -> None:
     batch = batch_of([300, 1, 1, 1, 1], [150, 1500, 900, 40, 0], 4000, seed=1)
     keys, values = (random(i, 1, 4000, 4, dtype=torch.float32) for i in range(2))
     queries = random(2, batch.num_tokens, 2, 4, dtype=torch.float32)
-    step = OPS.begin_step(batch, RotaryFrequencies(torch.ones(1), 1.0), 1, (None, 200))
+    step = OPS.begin_step(batch, (RotaryFrequencies(torch.ones(1), 1.0),), 1, (None, 200))
     for window in (None, 200):
         result = OPS.attention(queries, keys, values, 0.5, window, step)
         expected = naive_attention(batch, exact(queries), exact(keys), exact(values), 0.5, window)
@@ -237,8 +237,8 @@ def test_pool_of_one_layer_is_a_view() -> None:
     """Layers of the cache are written through views: nothing of another layer changes."""
     cache = KvCache(torch.zeros(3, 1, 8, 4), torch.zeros(3, 1, 8, 4))
     batch = batch_of([2], [0], 8, seed=3)
-    step = OPS.begin_step(batch, RotaryFrequencies(torch.ones(2), 1.0), 1, (None,))
-    OPS.rotary_store(torch.ones(2, 12), None, None, EPS, cache.keys[1], cache.values[1], step)
+    step = OPS.begin_step(batch, (RotaryFrequencies(torch.ones(2), 1.0),), 1, (None,))
+    OPS.rotary_store(torch.ones(2, 12), None, None, EPS, cache.keys[1], cache.values[1], 0, step)
     assert cache.values.sum(dim=(1, 2, 3)).tolist() == [0, 8, 0]
 
 
