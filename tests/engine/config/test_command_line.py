@@ -98,7 +98,6 @@ REFUSED = {
     "--attention-backend nonsense": "triton, torch_native",
     "--grammar-backend nonsense": "xgrammar, none",
     "--served-model-name a:b": "colon",
-    "--is-embedding": "not built yet",
     "--dtype int8": "float32",
     "--log-level loud": "critical, error, warning, info, debug",
     "--port 65536": "from 0 to 65535",
