@@ -38,7 +38,10 @@ def question(message: Judge, tokenizer: Tokenizer | None, bounds: Bounds) -> Gen
 
 
 def _fitting(message: Judge, tokenizer: Tokenizer, most: int | None) -> list[int]:
-    """The prompt's ids; when there are more than `most`, the document loses its end, and the question stays whole."""
+    """The prompt's ids; when there are more than `most`, the document loses its end, and the question stays whole.
+
+    Raises RefusalError where that is not enough.
+    """
     document = message.document
     ids = _prompt_ids(message, document, tokenizer)
     for _ in range(_MOST_CUTS):
@@ -49,6 +52,10 @@ def _fitting(message: Judge, tokenizer: Tokenizer, most: int | None) -> list[int
         document = document[: encoding.offsets[kept][0]] if kept < len(encoding.ids) else document[:-1]
         logger.warning("request %s: the document was cut to %d characters", message.rid, len(document))
         ids = _prompt_ids(message, document, tokenizer)
+    if most is not None and len(ids) > most:
+        raise RefusalError(
+            f"The query and the chat template take {len(ids)} tokens without the document; at most {most} are allowed."
+        )
     return ids
 
 
