@@ -41,6 +41,7 @@ def plan_encode(body: bytes, desk: Desk) -> Work:
         raise invalid(f"rid must be a list of {len(prompts)} strings for a batch, got a string.")
     rids = rids_of(asked.rid, len(prompts), batched, desk)
     priority = priority_of(asked.priority, desk.run.server)
+    weight_version = desk.run.server.weight_version
     messages = [
         embed(
             desk,
@@ -56,8 +57,9 @@ def plan_encode(body: bytes, desk: Desk) -> Work:
     ]
 
     def answer(entries: list[Entry]) -> bytes:
-        objects = [_item(entry, asked, pooled, desk.run.server.weight_version) for entry in entries]
-        return msgspec.json.encode(objects if batched else objects[0])
+        # One by one: as Python's numbers a whole batch would take several times the memory of its text.
+        objects = [msgspec.json.encode(_item(entry, asked, pooled, weight_version)) for entry in entries]
+        return b"[%b]" % b",".join(objects) if batched else objects[0]
 
     return Work(messages, answer)
 
@@ -132,20 +134,18 @@ def plan_embeddings(body: bytes, desk: Desk) -> Work:
     ]  # fmt: skip
 
     def answer(entries: list[Entry]) -> bytes:
-        plain = asked.encoding_format == "float"
-        data = [
-            {
-                "object": "embedding",
-                "embedding": numbers(entry.vector) if plain else base64.b64encode(entry.vector).decode(),
-                "index": index,
-            }
-            for index, entry in enumerate(entries)
-        ]
+        data = [msgspec.Raw(msgspec.json.encode(_openai_item(entry, asked))) for entry in entries]
         tokens = sum(entry.prompt_tokens for entry in entries)
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return msgspec.json.encode({"object": "list", "data": data, "model": asked.model, "usage": usage})
 
     return Work(messages, answer)
+
+
+def _openai_item(entry: Entry, asked: EmbeddingsBody) -> dict[str, Any]:
+    plain = asked.encoding_format == "float"
+    embedding = numbers(entry.vector) if plain else base64.b64encode(entry.vector).decode()
+    return {"object": "embedding", "embedding": embedding, "index": entry.index}
 
 
 def _inputs(asked: EmbeddingsBody, vocab_size: int) -> list[_Prompt]:

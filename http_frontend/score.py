@@ -17,7 +17,7 @@ from http_frontend.errors import invalid, unreadable
 from http_frontend.items import Desk, pack_ids
 from http_frontend.journal import Entry, Request
 from http_frontend.refusals import priority_of
-from http_frontend.vectors import check_count, embed, new_rid, numbers, softmax
+from http_frontend.vectors import check_copies, check_count, embed, new_rid, numbers, softmax
 from http_frontend.whole_call import Work
 
 
@@ -133,6 +133,8 @@ def _labels(given: Ids, size: int, vocab_size: int) -> list[list[int]]:
         if max(ids) >= vocab_size:
             wrong = next(token for token in ids if token >= vocab_size)
             raise invalid(f"Token ID {wrong} is out of vocabulary (vocab size: {vocab_size})")
+    if not nested:
+        check_copies("label_token_ids", len(given), size)
     return nested or distinct * size
 
 
@@ -147,6 +149,7 @@ def _prompts(asked: ScoreBody, vocab_size: int) -> list[_Prompt]:
     kinds = set(map(type, items)) | ({type(asked.query)} - {type(None)})
     if len(kinds) > 1:
         raise invalid("Invalid combination of query/items types for score_request.")
+    check_copies("query", len(asked.query or ""), len(items))
     query: Any = asked.query or ("" if kinds == {str} else [])
     join: Callable[[Any], Any] = lambda item: item + query if asked.item_first else query + item  # noqa: E731
     if kinds == {str}:

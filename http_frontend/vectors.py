@@ -18,6 +18,9 @@ NOT_AN_EMBEDDING_MODEL = (
     "server or try another model."
 )
 
+MOST_COPIED = 2**27
+"""Characters or ids that one call may repeat in its items."""
+
 
 def pooled_of(facts: ModelFacts) -> PooledFacts:
     """What the model's vectors are. Raises `RefusedError` of a model that generates."""
@@ -79,6 +82,12 @@ def check_count(name: str, size: int) -> None:
     """Raise `RefusedError` for more items than one call may have."""
     if size > MAX_ITEMS:
         raise invalid(f"{name} may have at most {MAX_ITEMS} entries, got {size}.")
+
+
+def check_copies(name: str, length: int, times: int) -> None:
+    """Raise `RefusedError` where `length` characters or ids that every item repeats come to more than memory should."""
+    if length * times > MOST_COPIED:
+        raise invalid(f"{name} of length {length}, once for each of {times} items, exceeds {MOST_COPIED} in all.")
 
 
 def numbers(packed: bytes) -> list[float]:

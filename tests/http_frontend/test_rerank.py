@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -75,6 +76,19 @@ def test_a_model_that_says_yes_or_no(judge: Live) -> None:
     assert [result["score"] for result in ranked] == sorted((result["score"] for result in ranked), reverse=True)
 
 
+def test_an_abort_fails_the_call(pairs: Live, judge: Live) -> None:
+    for one in (pairs, judge):
+        one.ring.hold.set()
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(one.client.post, "/v1/rerank", json={"query": "q", "documents": ["a", "b"]})
+            one.ring.wait_for(lambda ring=one.ring: len(ring.running) == 2)  # type: ignore[misc]
+            assert one.client.post("/abort_request", json={"abort_all": True}).status_code == 200
+            failed = waiting.result()
+        one.ring.hold.clear()
+        message = "The request was aborted: Abort in waiting queue"
+        assert (failed.status_code, failed.json()["message"], failed.headers["retry-after"]) == (503, message, "1")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -84,6 +98,11 @@ def test_a_model_that_says_yes_or_no(judge: Live) -> None:
         ({"documents": ["a", ""]}, "Each document must be a non-empty string"),
         ({"documents": ["a", "\t"]}, "Each document cannot be empty or whitespace only"),
         ({"documents": ["a", "REFUSE too long"]}, "too long"),
+        ({"documents": ["a"] * 65537}, "documents may have at most 65536 entries, got 65537."),
+        (
+            {"query": "q" * 5000, "documents": ["a"] * 50000},
+            "query of length 5000, once for each of 50000 items, exceeds 134217728 in all.",
+        ),
     ],
 )
 def test_refusals(pairs: Live, judge: Live, change: dict[str, Any], message: str) -> None:

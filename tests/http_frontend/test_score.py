@@ -103,6 +103,10 @@ def test_softmax_order_kinds_and_own_labels(live: Live) -> None:
             "task-specific head (e.g. SequenceClassification or RewardModel).",
         ),
         ({"query": "REFUSE this"}, "thisa"),
+        (
+            {"items": ["a"] * 65536, "query": "q" * 2049},
+            "query of length 2049, once for each of 65536 items, exceeds 134217728 in all.",
+        ),
     ],
 )  # fmt: skip
 def test_refusals(live: Live, change: dict[str, Any], message: str) -> None:
