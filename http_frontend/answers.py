@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from engine.wire.results import Finish
+from engine.wire.to_tokenizer import Generate
 from http_frontend.errors import RefusedError
 from http_frontend.journal import Entry
 from http_frontend.logprobs import LogprobLists
@@ -44,15 +45,18 @@ class AnswerStyle(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Writer:
-    """Writes one entry's object, again and again as it grows; a plain answer is one call at the end."""
+    """Writes the object of one entry of `/generate`, again and again as it grows; a plain answer is one call at the
+    end."""
 
     def __init__(self, entry: Entry, style: AnswerStyle) -> None:
+        generate = entry.message
+        assert isinstance(generate, Generate)
         self._entry = entry
         self._incremental = style.incremental
         self._with_text = style.with_text
         self._with_prompt = style.with_prompt
         self._open = b'"index":%d,' % entry.index if style.indexed else b""
-        self._id = _encode(entry.generate.rid)
+        self._id = _encode(generate.rid)
         self._weight_version = _encode(style.weight_version)
         self._texts_seen = 0
         self._ids_seen = 0
@@ -60,8 +64,8 @@ class Writer:
         self._ids = b""
         self._prompt: bytes = b""
         self._first = True
-        options = entry.generate.logprobs
-        with_text = entry.generate.text_options.text_in_logprobs
+        options = generate.logprobs
+        with_text = generate.text_options.text_in_logprobs
         self._logprobs = LogprobLists(entry, options, with_text, style.incremental) if options else None
 
     def write(self) -> bytes:

@@ -15,13 +15,18 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from http_frontend.auth import ApiKeys
+from http_frontend.call import BARE_SEND
 from http_frontend.control import Control
+from http_frontend.encode import plan_embeddings, plan_encode
 from http_frontend.errors import RefusedError, error_response, json_response
 from http_frontend.frontend import Frontend
-from http_frontend.generate import BARE_SEND, GenerateEndpoint
+from http_frontend.generate import GenerateEndpoint
 from http_frontend.health import Health
 from http_frontend.info import Info
+from http_frontend.rerank import plan_rerank
+from http_frontend.score import plan_score
 from http_frontend.text import Text
+from http_frontend.whole_call import WholeCall
 
 
 def build_app(frontend: Frontend) -> ASGIApp:
@@ -54,6 +59,11 @@ def _routes(frontend: Frontend) -> list[Route]:
     info, health, control, text = Info(frontend), Health(frontend), Control(frontend), Text(frontend)
     return [
         _route("/generate", GenerateEndpoint(frontend), "POST", "PUT"),
+        _route("/encode", WholeCall(frontend, plan_encode, "A"), "POST", "PUT"),
+        _route("/classify", WholeCall(frontend, plan_encode, "A"), "POST", "PUT"),
+        _route("/v1/rerank", WholeCall(frontend, plan_rerank, "D"), "POST", "PUT"),
+        _route("/v1/score", WholeCall(frontend, plan_score, "D"), "POST"),
+        _route("/v1/embeddings", WholeCall(frontend, plan_embeddings, "D"), "POST"),
         _route("/health", health.health, "GET"),
         _route("/health_generate", health.health_generate, "GET"),
         _route("/ready", health.ready, "GET"),

@@ -1,10 +1,11 @@
-"""Request bodies as typed structs, and how they are read. Field lists: contract §3.11, §3.12, §4.1, §5.1, §6.1."""
+"""Request bodies as typed structs, and how they are read. Field lists: contract §3.6 to §3.9, §3.11, §3.12, §4.1, §5.1
+and §6.1."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -91,6 +92,56 @@ class GenerateBody(msgspec.Struct, kw_only=True):
     audio_data: Any = None
 
 
+class EmbedBody(msgspec.Struct, kw_only=True):
+    """Body of `/encode` and `/classify`. `text` may hold pairs, each a list of two strings."""
+
+    text: str | list[str | list[str]] | None = None
+    input_ids: Ids | None = None
+    rid: str | list[str] | None = None
+    dimensions: int | None = None
+    is_cross_encoder_request: bool = False
+    return_pooled_hidden_states: bool = False
+    return_prompt_token_ids: bool = False
+    lora_path: str | list[str | None] | None = None
+    priority: int | None = None
+    image_data: Any = None
+    video_data: Any = None
+    audio_data: Any = None
+
+
+class RerankBody(msgspec.Struct, kw_only=True):
+    """Body of `/v1/rerank`."""
+
+    query: str
+    documents: list[str]
+    instruct: str | None = None
+    top_n: int | None = None
+    return_documents: bool = True
+
+
+class ScoreBody(msgspec.Struct, kw_only=True):
+    """Body of `/v1/score`. Texts, or token ids."""
+
+    query: str | list[int] | None = None
+    items: str | list[str | list[int]] | None = None
+    label_token_ids: Ids | None = None
+    apply_softmax: bool = False
+    temperature: float = 1.0
+    item_first: bool = False
+    return_token_logprobs: bool = False
+    return_pooled_hidden_states: bool = False
+    model: str | None = "default"
+
+
+class EmbeddingsBody(msgspec.Struct, kw_only=True):
+    """Body of `/v1/embeddings`."""
+
+    input: str | list[str | int | list[int]]
+    model: str | None = "default"
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+
+
 class TokenizeBody(msgspec.Struct, kw_only=True):
     """Body of `/tokenize`."""
 
@@ -120,6 +171,10 @@ class AbortBody(msgspec.Struct, kw_only=True):
 GENERATE: msgspec.json.Decoder[GenerateBody] = msgspec.json.Decoder(GenerateBody)
 TOKENIZE: msgspec.json.Decoder[TokenizeBody] = msgspec.json.Decoder(TokenizeBody)
 DETOKENIZE: msgspec.json.Decoder[DetokenizeBody] = msgspec.json.Decoder(DetokenizeBody)
+EMBED: msgspec.json.Decoder[EmbedBody] = msgspec.json.Decoder(EmbedBody, strict=False)
+RERANK: msgspec.json.Decoder[RerankBody] = msgspec.json.Decoder(RerankBody, strict=False)
+SCORE: msgspec.json.Decoder[ScoreBody] = msgspec.json.Decoder(ScoreBody, strict=False)
+EMBEDDINGS: msgspec.json.Decoder[EmbeddingsBody] = msgspec.json.Decoder(EmbeddingsBody, strict=False)
 ABORT: msgspec.json.Decoder[AbortBody] = msgspec.json.Decoder(AbortBody, strict=False)
 
 NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -161,6 +216,13 @@ def check_content_type(value: str, body: bytes) -> None:
         raise unreadable("1 validation error: Field required: the request has no body")
     if not _JSON_TYPE.match(value):
         raise unreadable(f"Content-Type must be application/json, got {value!r}: the body was not parsed as JSON")
+
+
+def check_json_only(value: str, body: bytes) -> None:
+    """As `check_content_type`, for the routes that insist on the type itself."""
+    if value.partition(";")[0].strip().lower() != "application/json":
+        raise unreadable("Unsupported Media Type: Only 'application/json' is allowed")
+    check_content_type(value, body)
 
 
 def find_wide_integer(body: bytes) -> int | None:

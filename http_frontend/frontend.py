@@ -56,7 +56,7 @@ class Frontend:
         self.loop = loop
         self.limits: asyncio.Future[Limits] = loop.create_future()
         self.ended: asyncio.Future[None] = loop.create_future()
-        self.pulse = Pulse(self.ring, loop)
+        self.pulse = Pulse(self.ring, loop, generates=self.run.facts.is_generation)
         self.ring.on_scheduler = self.pulse.beat
         self.ring.on_serving = self._serving
         self.ring.on_drain = lambda message: self._spawn(self._drain(message))
@@ -93,9 +93,14 @@ class Frontend:
             self._spawn(self._warm_up())
 
     async def _warm_up(self) -> None:
-        if not self.run.server.skip_server_warmup and self.run.facts.is_generation:
+        if not self.run.server.skip_server_warmup:
             try:
-                await warm_up(self.ring, self.loop, with_text=self.run.tokenizer is not None)
+                await warm_up(
+                    self.ring,
+                    self.loop,
+                    with_text=self.run.tokenizer is not None,
+                    generates=self.run.facts.is_generation,
+                )
             except WarmUpError:
                 # A server on its way out aborts its warm-up too, and that is no fault.
                 if not self.draining:

@@ -5,11 +5,7 @@ Written as plain ASGI: a stream sends tens of chunks a second, each of which sho
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Any
-
-from http_frontend.answers import DONE, AnswerStyle, Writer, failure, refused_event
+from http_frontend.answers import DONE, AnswerStyle, Writer, refused_event
 from http_frontend.bodies import (
     GENERATE,
     NOT_JSON,
@@ -22,17 +18,12 @@ from http_frontend.bodies import (
     find_wide_integer,
     read_body,
 )
+from http_frontend.call import BARE_SEND, Call, Scope, Send, all_ended, send_json, send_last, watch
 from http_frontend.diagnosis import diagnose
 from http_frontend.errors import RefusedError, error_response, unreadable
 from http_frontend.frontend import Frontend
 from http_frontend.items import Plan, plan_call
 from http_frontend.journal import NEVER, Entry, Journal, nothing_to_do
-
-Scope = dict[str, Any]
-Send = Callable[[Message], Awaitable[None]]
-
-BARE_SEND = "tokenmill.send"
-"""Key of the ASGI scope under which the outermost application leaves the server's own `send`."""
 
 _STREAM_START: Message = {
     "type": "http.response.start",
@@ -52,54 +43,6 @@ def read_generate(body: bytes, declared: str) -> GenerateBody:
     if wide is not None:
         raise unreadable(f"JSON decode error: the body contains non-int64 element {wide}")
     return decoded
-
-
-class Call:
-    """One call's entries, and the one thing its coroutine waits for: that some of them have news, or the client left.
-
-    News are a set of entries: however many tokens come while a slow client is being served, an entry is written once.
-    """
-
-    __slots__ = ("_future", "_loop", "_news", "entries", "gone", "warmers")
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._news: dict[int, Entry] = {}
-        self._future: asyncio.Future[None] | None = None
-        self.entries: list[Entry] = []
-        self.warmers: list[Entry] = []
-        self.gone = False
-
-    def notify(self, entry: Entry) -> None:
-        """For `Entry.notify`: the entry has news, and needs to say no more until it has been written."""
-        entry.due = NEVER
-        self._news[entry.index] = entry
-        self._wake()
-
-    def hang_up(self) -> None:
-        """The client has gone."""
-        self.gone = True
-        self._wake()
-
-    def rest(self) -> asyncio.Future[None]:
-        """What to await when `news` has none: it is done when there are some, or the client has gone."""
-        self._future = self._loop.create_future()
-        return self._future
-
-    def news(self) -> list[Entry]:
-        """Entries with news, in order of their news. They count as told."""
-        news = self._news
-        if not news:
-            return []
-        self._news = {}
-        return list(news.values())
-
-    def _wake(self) -> None:
-        future = self._future
-        if future is not None:
-            self._future = None
-            if not future.done():
-                future.set_result(None)
 
 
 class GenerateEndpoint:
@@ -135,7 +78,7 @@ class GenerateEndpoint:
             return
         rid = request.rid if isinstance(request.rid, str) else ""
         await send(_STREAM_START)
-        await _send_last(send, refused_event(refused, rid, self._style(request, False)) + DONE)
+        await send_last(send, refused_event(refused, rid, self._style(request, False)) + DONE)
 
     def _style(self, request: GenerateBody, many: bool) -> AnswerStyle:
         server = self._frontend.run.server
@@ -151,7 +94,7 @@ class GenerateEndpoint:
         frontend = self._frontend
         call = Call(frontend.loop)
         style = self._style(request, plan.many)
-        watcher = frontend.loop.create_task(_watch(receive, call))
+        watcher = frontend.loop.create_task(watch(receive, call))
         try:
             start_call(call, plan, request.stream, frontend.journal)
             if request.stream:
@@ -184,12 +127,6 @@ def start_call(call: Call, plan: Plan, stream: bool, journal: Journal) -> None:
     journal.submit(call.warmers)
 
 
-async def _watch(receive: Receive, call: Call) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    call.hang_up()
-
-
 async def _stream(call: Call, plan: Plan, style: AnswerStyle, send: Send) -> None:
     """Send a chunk for each entry with news; `send` waits while the client is slow, and news pile up as one."""
     writers = [Writer(entry, style) for entry in call.entries]
@@ -213,33 +150,18 @@ async def _stream(call: Call, plan: Plan, style: AnswerStyle, send: Send) -> Non
             await send({"type": "http.response.body", "body": body, "more_body": True})
         else:
             events.append(DONE)
-            await _send_last(send, b"".join(events))
+            await send_last(send, b"".join(events))
             return
-    await _send_last(send, DONE)
+    await send_last(send, DONE)
 
 
 async def _answer(call: Call, plan: Plan, style: AnswerStyle, scope: Scope, receive: Receive, send: Send) -> None:
     """Wait for all entries, or for the first that fails the call, and send one JSON body."""
-    left = len(call.entries)
-    while left:
-        entries = call.news()
-        if call.gone:
+    try:
+        if not await all_ended(call):
             return
-        if not entries:
-            await call.rest()
-            continue
-        for entry in entries:
-            if (refused := failure(entry)) is not None:
-                await error_response(refused)(scope, receive, send)
-                return
-        left -= len(entries)
+    except RefusedError as refused:
+        await error_response(refused)(scope, receive, send)
+        return
     objects = [Writer(entry, style).write() for entry in call.entries]
-    body = b"[%b]" % b",".join(objects) if plan.many else objects[0]
-    length = str(len(body)).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", length)]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await _send_last(send, body)
-
-
-async def _send_last(send: Send, body: bytes) -> None:
-    await send({"type": "http.response.body", "body": body, "more_body": False})
+    await send_json(send, b"[%b]" % b",".join(objects) if plan.many else objects[0])

@@ -77,7 +77,7 @@ def plan_call(body: GenerateBody, desk: Desk) -> Plan:
     prompts, batched = _prompts(body, desk)
     if not prompts:
         return Plan([], [], 1, True)
-    check_features(body, desk.run.server)
+    check_features(body)
     size = len(prompts)
     asked = _ask(body, size, desk)
     n = asked[0].n
@@ -87,10 +87,10 @@ def plan_call(body: GenerateBody, desk: Desk) -> Plan:
         raise invalid(f"a call may have at most {MAX_ITEMS} items, got {size} prompts times n={n}.")
     if n > 1:
         _refuse_lists(body)
-    rids = _rids(body.rid, size, batched, desk if n == 1 else None)
+    rids = rids_of(body.rid, size, batched, desk if n == 1 else None)
     logprobs = _logprobs(body, size, batched)
     extra_keys = _extra_keys(body, size)
-    priority = priority_of(body, desk.run.server)
+    priority = priority_of(body.priority, desk.run.server)
 
     def generate(i: int, rid: str, sampling_of: Asked, seed: int) -> Generate:
         return Generate(
@@ -155,12 +155,21 @@ def _prompts(body: GenerateBody, desk: Desk) -> tuple[list[_Prompt], bool]:
     if body.input_ids is None:
         texts = [body.text] if isinstance(body.text, str) else body.text or []
         return [_Prompt(text, None) for text in texts], not isinstance(body.text, str)
-    rows, nested = _rows(body.input_ids, "input_ids must be a list of token ids or a list of such lists, not a mixture")
+    rows, nested = rows_of(
+        body.input_ids, "input_ids must be a list of token ids or a list of such lists, not a mixture"
+    )
     vocab_size = desk.run.facts.vocab_size
     return [_Prompt(None, pack_ids(row, vocab_size)) for row in rows], nested
 
 
-def _rows(ids: Ids, mixture: str) -> tuple[list[list[int]], bool]:
+def packed_prompts(input_ids: Ids, vocab_size: int) -> tuple[list[bytes], bool]:
+    """The prompts of `input_ids`, packed, and whether they came as a batch. Raises `RefusedError`."""
+    mixture = "input_ids must be a list of token ids or a list of such lists, not a mixture"
+    rows, nested = rows_of(input_ids, mixture)
+    return [pack_ids(row, vocab_size) for row in rows], nested
+
+
+def rows_of(ids: Ids, mixture: str) -> tuple[list[list[int]], bool]:
     """A flat list as one row, a nested one as its rows, and which it was. Raises `RefusedError(mixture)`."""
     kinds = set(map(type, ids))
     if len(kinds) > 1:
@@ -196,7 +205,7 @@ def _refuse_lists(body: GenerateBody) -> None:
         raise invalid(f"Cannot use list {wrong[0]} with parallel_sample_num > 1")
 
 
-def _rids(given: str | list[str] | None, size: int, batched: bool, desk: Desk | None) -> list[str | None]:
+def rids_of(given: str | list[str] | None, size: int, batched: bool, desk: Desk | None) -> list[str | None]:
     """The rids that the client gave, one a prompt; `desk` is None when they will not be the items' own."""
     if given is None:
         return [None] * size
@@ -222,7 +231,7 @@ def _logprobs(body: GenerateBody, size: int, batched: bool) -> list[LogprobOptio
     rows: list[list[int]] = [[]] * size
     if body.token_ids_logprob:
         flat_only = "token_ids_logprob must be a flat list of integers."
-        given, nested = _rows(body.token_ids_logprob, flat_only)
+        given, nested = rows_of(body.token_ids_logprob, flat_only)
         if nested and not batched:
             raise invalid(flat_only)
         rows = _spread("token_ids_logprob", given, size) if nested else given * size

@@ -15,14 +15,19 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from engine.wire.results import Finish, InputLogprobs, TokenLogprobs
-from engine.wire.to_frontend import Accepted, Ended, TextStep
+from engine.wire.to_frontend import Accepted, Ended, TextStep, Vectors
 from engine.wire.to_scheduler import Abort
-from engine.wire.to_tokenizer import Generate, ToTokenizer
+from engine.wire.to_tokenizer import Embed, Generate, Judge, ToTokenizer
+
+Request = Generate | Embed | Judge
+"""A message that starts an item, and is answered by tokens or by a vector."""
 
 NEVER = sys.maxsize
 """`Entry.due` of a request whose owner wants to hear only of its end."""
 
 _ABORTED_WAITING = Finish("abort", message="Abort in waiting queue")
+_ANSWERED = Finish("length", length=0)
+"""How a request ends whose vector has come."""
 
 
 class Entry:
@@ -32,19 +37,21 @@ class Entry:
     asked_rid: what the client called it, where the item has a rid of its own (parallel samples).
     texts, output_ids, logprobs: what has come so far; `logprobs` has a row a token, and one without a token for a
     request of 0 new tokens. logprob_texts: text of each id that the logprobs name, if asked.
+    vector, hidden: the answer to an `Embed` and its pooled hidden state, if asked (float32, little-endian);
+    weight_version: of the weights that computed them.
     probe: the server's own request (health, warm-up), which no client can see or abort.
     followers: entries that are sent once this one has ended well.
     """
 
     __slots__ = (
-        "arrived", "asked_rid", "attempt", "cached_tokens", "due", "finish", "finished", "followers", "generate",
-        "index", "input_logprobs", "key", "logprob_texts", "logprobs", "notify", "origin", "output_ids", "probe",
-        "prompt_ids", "prompt_tokens", "retractions", "sent", "texts",
+        "arrived", "asked_rid", "attempt", "cached_tokens", "due", "finish", "finished", "followers", "hidden",
+        "index", "input_logprobs", "key", "logprob_texts", "logprobs", "message", "notify", "origin", "output_ids",
+        "probe", "prompt_ids", "prompt_tokens", "retractions", "sent", "texts", "vector", "weight_version",
     )  # fmt: skip
 
     def __init__(
         self,
-        generate: Generate,
+        message: Request,
         notify: Callable[[Entry], None],
         *,
         due: int = NEVER,
@@ -52,9 +59,9 @@ class Entry:
         asked_rid: str | None = None,
         probe: bool = False,
     ) -> None:
-        self.generate = generate
-        self.key = generate.key
-        self.attempt = generate.attempt
+        self.message = message
+        self.key = message.key
+        self.attempt = message.attempt
         self.notify = notify
         self.due = due
         self.index = index
@@ -72,6 +79,9 @@ class Entry:
         self.texts: list[str] = []
         self.output_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
+        self.vector = b""
+        self.hidden = b""
+        self.weight_version: str | None = None
         self.retractions = 0
         self.finish: Finish | None = None
         self.origin = "scheduler"
@@ -104,7 +114,7 @@ class Journal:
         """Take `entries` in without sending them."""
         for entry in entries:
             self._entries[entry.key] = entry
-            self._rids[entry.generate.rid] = entry
+            self._rids[entry.message.rid] = entry
             self._clients += not entry.probe
 
     def submit(self, entries: Iterable[Entry]) -> None:
@@ -139,7 +149,7 @@ class Journal:
         return [
             entry
             for entry in entries
-            if entry.generate.rid.startswith(prefix) or (entry.asked_rid or "").startswith(prefix)
+            if entry.message.rid.startswith(prefix) or (entry.asked_rid or "").startswith(prefix)
         ]
 
     def end_all(self, finish: Finish) -> None:
@@ -198,10 +208,25 @@ class Journal:
             elif len(output_ids) >= entry.due:
                 entry.notify(entry)
 
+    def vectors(self, step: Vectors) -> None:
+        """Apply a step's vectors: each ends its entry. Rows of unknown keys and of older attempts are skipped."""
+        end = 0
+        for row, (key, attempt, width) in enumerate(zip(step.keys, step.attempts, step.widths, strict=True)):
+            start, end = end, end + 4 * width
+            entry = self._entries.get(key)
+            if entry is None or entry.attempt != attempt:
+                continue
+            entry.vector = step.entries[start:end]
+            entry.hidden = step.hidden.get(row, b"")
+            entry.weight_version = step.weight_version
+            entry.prompt_tokens = step.prompt_tokens[row]
+            entry.retractions = step.retracted.get(key, entry.retractions)
+            self._end(entry, _ANSWERED, "scheduler")
+
     def _dispatch(self, entries: Iterable[Entry]) -> None:
         for entry in entries:
             entry.sent = True
-            self._send(entry.generate)
+            self._send(entry.message)
 
     def _end(self, entry: Entry, finish: Finish, origin: str) -> None:
         if not self._drop(entry):
@@ -222,8 +247,8 @@ class Journal:
         """Take `entry` out; false when it was out already."""
         if self._entries.pop(entry.key, None) is None:
             return False
-        if self._rids.get(entry.generate.rid) is entry:
-            del self._rids[entry.generate.rid]
+        if self._rids.get(entry.message.rid) is entry:
+            del self._rids[entry.message.rid]
         if not entry.probe:
             self._clients -= 1
             if self._clients == 0 and self.on_idle is not None:

@@ -1,4 +1,4 @@
-"""Signs of life: one-token probes through the whole ring, and the warm-up (contract §1.1, §3.3)."""
+"""Signs of life: probes of one token or one vector through the whole ring, and the warm-up (contract §1.1, §3.3)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from array import array
 
 from engine.config.environment import number
 from engine.wire.sampling import Sampling, TextOptions
-from engine.wire.to_tokenizer import Generate
+from engine.wire.to_tokenizer import Embed, Generate
 from http_frontend.journal import Entry
 from http_frontend.ring import Ring
 
@@ -25,9 +25,10 @@ class WarmUpError(RuntimeError):
 class Pulse:
     """The scheduler's signs of life. However many ask at once, one probe and one question at most are on the ring."""
 
-    def __init__(self, ring: Ring, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, ring: Ring, loop: asyncio.AbstractEventLoop, *, generates: bool) -> None:
         self._ring = ring
         self._loop = loop
+        self._generates = generates
         self._next_beat: asyncio.Future[None] | None = None
         self._probing = False
         self._asking = False
@@ -45,7 +46,7 @@ class Pulse:
             self._next_beat = self._loop.create_future()
         if not self._probing:
             self._probing = True
-            message = probe_message(self._ring.next_key(), "HEALTH_CHECK", None, 1)
+            message = probe_message(self._ring.next_key(), "HEALTH_CHECK", None, 1 if self._generates else None)
             self._ring.journal.submit([Entry(message, self._probed, probe=True)])
         beat = self._next_beat
         patience = min(_PROBE_SECONDS, seconds / 2)
@@ -64,14 +65,21 @@ class Pulse:
         self._probing = False
 
 
-def probe_message(key: int, kind: str, text: str | None, max_new_tokens: int) -> Generate:
-    """A greedy request of the server's own, for `text` or for the ids [0]; its rid starts with `kind`."""
+def probe_message(key: int, kind: str, text: str | None, max_new_tokens: int | None) -> Generate | Embed:
+    """A greedy request of the server's own, for `text` or for the ids [0]; its rid starts with `kind`.
+
+    max_new_tokens: None for a model that answers with a vector.
+    """
+    rid = f"{kind}_{uuid.uuid4().hex}"
+    input_ids = array("i", [0]).tobytes() if text is None else None
+    if max_new_tokens is None:
+        return Embed(key=key, attempt=0, rid=rid, text=text, pair=None, input_ids=input_ids)
     return Generate(
         key=key,
         attempt=0,
-        rid=f"{kind}_{uuid.uuid4().hex}",
+        rid=rid,
         text=text,
-        input_ids=array("i", [0]).tobytes() if text is None else None,
+        input_ids=input_ids,
         output_ids=b"",
         sampling=Sampling(max_new_tokens=max_new_tokens, temperature=0.0),
         text_options=TextOptions(),
@@ -79,8 +87,8 @@ def probe_message(key: int, kind: str, text: str | None, max_new_tokens: int) ->
     )
 
 
-async def warm_up(ring: Ring, loop: asyncio.AbstractEventLoop, *, with_text: bool) -> None:
-    """Run one request of 8 tokens through the ring. Raises `WarmUpError`."""
+async def warm_up(ring: Ring, loop: asyncio.AbstractEventLoop, *, with_text: bool, generates: bool) -> None:
+    """Run one request of 8 tokens, or for one vector, through the ring. Raises `WarmUpError`."""
     ended: asyncio.Future[None] = loop.create_future()
 
     def notify(_entry: Entry) -> None:
@@ -88,7 +96,8 @@ async def warm_up(ring: Ring, loop: asyncio.AbstractEventLoop, *, with_text: boo
             ended.set_result(None)
 
     text = "The capital city of France is" if with_text else None
-    entry = Entry(probe_message(ring.next_key(), "WARM_UP", text, _WARM_UP_TOKENS), notify, probe=True)
+    message = probe_message(ring.next_key(), "WARM_UP", text, _WARM_UP_TOKENS if generates else None)
+    entry = Entry(message, notify, probe=True)
     ring.journal.submit([entry])
     given = number("WARMUP_TIMEOUT", -1)
     seconds = given if given > 0 else _WARM_UP_SECONDS

@@ -22,6 +22,7 @@ from engine.wire.to_frontend import (
     TextStep,
     ToFrontend,
     Tokenized,
+    Vectors,
 )
 from engine.wire.to_scheduler import FlushCache, QueryState
 from engine.wire.to_tokenizer import Tokenize, ToTokenizer
@@ -112,6 +113,9 @@ class Ring:
         match message:
             case TextStep():
                 self.journal.text_step(message)
+                self.on_scheduler()
+            case Vectors():
+                self.journal.vectors(message)
                 self.on_scheduler()
             case Accepted():
                 self.journal.accepted(message)

@@ -12,7 +12,6 @@ from engine.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from engine.config import ConfigError, RunConfig
 from engine.config.environment import count_limit
 from engine.wire.process import arguments, begin, report_ready
-from engine.wire.results import Finish
 from engine.wire.sockets import Inbox, Outbox
 from engine.wire.to_frontend import Ended, ToFrontend
 from engine.wire.to_scheduler import ToScheduler
@@ -39,7 +38,7 @@ def main() -> None:
     while True:
         inbox.wait(None)
         for message in inbox.drain():
-            if isinstance(message, Generate):
+            if isinstance(message, Generate | Embed | Judge):
                 outcome = admit(message, tokenizer, bounds)
                 if isinstance(outcome, Ended):
                     frontend.send(outcome)
@@ -47,9 +46,6 @@ def main() -> None:
                     accepted, admitted = outcome
                     frontend.send(accepted)
                     scheduler.send(admitted)
-            elif isinstance(message, Embed | Judge):
-                finish = Finish("abort", message="vectors are not built yet", status=400)
-                frontend.send(Ended(message.key, message.attempt, finish, "door"))
             elif isinstance(message, Tokenize):
                 frontend.send(tokenized(message, tokenizer, config.facts.context_length))
             else:

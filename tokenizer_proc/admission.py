@@ -1,16 +1,18 @@
-"""One `Generate`: its prompt as ids, checked and sent on, or refused."""
+"""One request: its prompt as ids, checked and sent on, or refused."""
 
 from __future__ import annotations
 
 import logging
-import sys
 from array import array
 
 from engine.checkpoints.tokenizer import Tokenizer, encode
 from engine.wire.results import Finish
 from engine.wire.to_frontend import Accepted, Ended
 from engine.wire.to_scheduler import Admit
-from engine.wire.to_tokenizer import Generate
+from engine.wire.to_tokenizer import Embed, Generate, Judge
+from tokenizer_proc.embedding import admit_embed
+from tokenizer_proc.judging import question
+from tokenizer_proc.prompt_ids import need, pack, unpack
 from tokenizer_proc.validation import (
     Bounds,
     RefusalError,
@@ -25,13 +27,21 @@ from tokenizer_proc.validation import (
 logger = logging.getLogger(__name__)
 
 
-def admit(message: Generate, tokenizer: Tokenizer | None, bounds: Bounds) -> tuple[Accepted, Admit] | Ended:
+def admit(
+    message: Generate | Embed | Judge, tokenizer: Tokenizer | None, bounds: Bounds
+) -> tuple[Accepted, Admit] | Ended:
     """What to send to the frontend and the scheduler, or to the frontend alone when the request is refused.
 
     Never raises: an unexpected failure ends this request with status 500, and the log has the traceback.
     """
     try:
-        return _admit(message, tokenizer, bounds)
+        match message:
+            case Generate():
+                return _admit(message, tokenizer, bounds)
+            case Embed():
+                return admit_embed(message, tokenizer, bounds)
+            case Judge():
+                return _admit(question(message, tokenizer, bounds), tokenizer, bounds)
     except RefusalError as refusal:
         finish = Finish("abort", message=str(refusal), status=400)
         return Ended(message.key, message.attempt, finish, refusal.origin)
@@ -53,7 +63,7 @@ def _admit(message: Generate, tokenizer: Tokenizer | None, bounds: Bounds) -> tu
         check_logprobs(message.logprobs, kept, min(wanted, room), bounds.vocab_size)
     for cut in cuts:
         logger.warning("request %s does not fit the context of %d tokens: %s", message.rid, bounds.context_length, cut)
-    packed = _packed(ids[:kept] if kept < len(ids) else ids)
+    packed = pack(ids[:kept] if kept < len(ids) else ids)
     admitted = Admit(
         key=message.key,
         attempt=message.attempt,
@@ -70,23 +80,6 @@ def _admit(message: Generate, tokenizer: Tokenizer | None, bounds: Bounds) -> tu
 
 
 def _prompt_ids(message: Generate, tokenizer: Tokenizer | None) -> array[int]:
-    ids = array("i")
     if message.input_ids is not None:
-        ids.frombytes(message.input_ids)
-        if sys.byteorder == "big":
-            ids.byteswap()
-    elif tokenizer is None:
-        raise RefusalError(
-            "The engine initialized with skip_tokenizer_init=True cannot accept text prompts. Please provide "
-            "input_ids or re-initialize the engine with skip_tokenizer_init=False."
-        )
-    else:
-        ids.extend(encode(tokenizer, message.text or ""))
-    return ids
-
-
-def _packed(ids: array[int]) -> bytes:
-    if sys.byteorder == "big":
-        ids = array("i", ids)
-        ids.byteswap()
-    return ids.tobytes()
+        return unpack(message.input_ids)
+    return array("i", encode(need(tokenizer), message.text or ""))

@@ -1,4 +1,4 @@
-"""What a `/generate` request may ask for: the contract's ranges and messages (§2.3, §5.3, §6.1).
+"""What a request may ask for: the contract's ranges and messages (§2.3, §5.3, §6.1).
 
 Every check raises `RefusalError` with the message that the client gets.
 """
@@ -167,6 +167,13 @@ def cap_lengths(sampling: Sampling, limit: int | None) -> Sampling:
     )  # fmt: skip
 
 
+def too_long(prompt_tokens: int, context: int) -> RefusalError:
+    """E14."""
+    return RefusalError(
+        f"The input ({prompt_tokens} tokens) is longer than the model's context length ({context} tokens)."
+    )
+
+
 def fit_context(prompt_tokens: int, sampling: Sampling, bounds: Bounds) -> tuple[int, Sampling, list[str]]:
     """E14 and E15, or with --allow-auto-truncate the cuts that avoid them.
 
@@ -180,9 +187,7 @@ def fit_context(prompt_tokens: int, sampling: Sampling, bounds: Bounds) -> tuple
             cuts.append(f"the prompt was cut from {prompt_tokens} to {most} tokens")
             prompt_tokens = most
     elif prompt_tokens >= context:
-        raise RefusalError(
-            f"The input ({prompt_tokens} tokens) is longer than the model's context length ({context} tokens)."
-        )
+        raise too_long(prompt_tokens, context)
     asked = sampling.max_new_tokens
     if not sampling.length_given or asked is None or prompt_tokens + asked <= context:
         return prompt_tokens, sampling, cuts

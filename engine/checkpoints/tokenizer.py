@@ -10,10 +10,12 @@ from engine.checkpoints.errors import CheckpointError
 from engine.checkpoints.folder_tokenizer import load_folder_tokenizer, read_folder_eos_ids, read_folder_templates
 from engine.checkpoints.gguf_file import read_gguf_header
 from engine.checkpoints.gguf_tokenizer import build_gguf_tokenizer, gguf_eos_ids
-from engine.checkpoints.tokenizer_data import Tokenizer, decode, encode
+from engine.checkpoints.tokenizer_data import Tokenizer, decode, encode, encode_pair
 from engine.config import ModelSource
 
-__all__ = ["Tokenizer", "decode", "encode", "load_tokenizer", "read_chat_template", "read_eos_ids"]
+__all__ = [
+    "Tokenizer", "decode", "encode", "encode_pair", "load_tokenizer", "read_chat_template", "read_eos_ids",
+]  # fmt: skip
 
 
 def load_tokenizer(source: ModelSource, *, mode: str = "auto", chat_template: str | None = None) -> Tokenizer:

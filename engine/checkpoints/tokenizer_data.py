@@ -77,11 +77,34 @@ def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool = True) -> 
 
     A lone surrogate, which has no UTF-8 form, counts as U+FFFD.
     """
+    return list(tokenizer.backend.encode(_well_formed(text), add_special_tokens=add_special_tokens).ids)
+
+
+def encode_pair(
+    tokenizer: Tokenizer, text: str, pair: str | None, max_length: int | None = None
+) -> tuple[list[int], bytes]:
+    """The ids of `text`, or of `text` and `pair` in one sequence, with special tokens; and the segment of each, uint8.
+
+    max_length: cut a longer sequence to so many ids by taking the ends of the texts, of a pair the longer one's first.
+    Special tokens stay. Raises what the tokenizers package raises where they alone are too many.
+    """
+    backend = tokenizer.backend
+    pair = None if pair is None else _well_formed(pair)
+    if max_length is not None:
+        backend.enable_truncation(max_length)
+    try:
+        encoding = backend.encode(_well_formed(text), pair)
+    finally:
+        backend.no_truncation()
+    return list(encoding.ids), bytes(encoding.type_ids)
+
+
+def _well_formed(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return list(tokenizer.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
 
 
 def decode(tokenizer: Tokenizer, ids: Sequence[int], skip_special_tokens: bool = True) -> str:

@@ -61,6 +61,7 @@ class Judge(msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=True
     query: str
     document: str
     instruct: str | None
+    priority: int | None = None
 
 
 class Tokenize(msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=True):

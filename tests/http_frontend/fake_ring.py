@@ -21,8 +21,10 @@ import msgspec
 import zmq
 
 from engine.config import ModelFacts, ModelSource, RunConfig, ServerConfig, write_run_config
+from engine.config.run import PooledFacts
 from engine.wire.lifecycle import Drain, Limits, Ready, Serving, ToLauncher, Warm
 from engine.wire.results import Finish, InputLogprobs, TokenLogprobs
+from engine.wire.sampling import LogprobOptions, Sampling, TextOptions
 from engine.wire.sockets import Inbox, Outbox
 from engine.wire.to_detokenizer import NO_TOKEN, Detokenize, ToDetokenizer
 from engine.wire.to_frontend import (
@@ -35,9 +37,10 @@ from engine.wire.to_frontend import (
     TextStep,
     ToFrontend,
     Tokenized,
+    Vectors,
 )
 from engine.wire.to_scheduler import Abort, FlushCache, QueryState
-from engine.wire.to_tokenizer import Generate, Tokenize, ToTokenizer
+from engine.wire.to_tokenizer import Embed, Generate, Judge, Tokenize, ToTokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LIMITS = Limits(
@@ -58,21 +61,50 @@ def text_of(token: int) -> str:
 
 
 class Running(msgspec.Struct):
-    """A request that the fake scheduler runs: its n-th token is `first + n`."""
+    """A request that the fake scheduler runs: its n-th token is `len(prompt) + n`."""
 
-    generate: Generate
+    message: Generate | Embed | Judge
     prompt: list[int]
     made: int = 0
+
+    @property
+    def generate(self) -> Generate:
+        """The message; a `Judge` becomes the `Generate` that it is answered as."""
+        if isinstance(self.message, Judge):
+            return Generate(
+                key=self.message.key,
+                attempt=self.message.attempt,
+                rid=self.message.rid,
+                text=None,
+                input_ids=None,
+                output_ids=b"",
+                sampling=Sampling(max_new_tokens=0),
+                text_options=TextOptions(),
+                logprobs=LogprobOptions(ids=[11, 12]),
+            )
+        assert isinstance(self.message, Generate)
+        return self.message
+
+
+def fake_vector(prompt: list[int], width: int) -> array[float]:
+    """The fake model's vector: float32 with no short decimal."""
+    return array("f", [(sum(prompt) % 97 - 48) / 7 + i / 3 for i in range(width)])
+
+
+def fake_logprob(prompt: list[int], token: int) -> float:
+    """The fake model's logprob of a next token, a float32."""
+    return array("f", [-((sum(prompt) * 31 + token * 17) % 101) / 7])[0]
 
 
 class FakeRing:
     """Plays the other processes. `hold`: no steps are made while it is set. `silent`: nothing is answered at all.
 
-    Texts that begin with "REFUSE " are refused at the door, with "QUEUE " by the scheduler with 503, with "BREAK "
-    they end in a 500 after 3 tokens. Everything that came is in `seen`.
+    Texts (and documents) that begin with "REFUSE " are refused at the door, with "QUEUE " by the scheduler with 503,
+    with "BREAK " they end in a 500 after 3 tokens. Everything that came is in `seen`. width: of the model's vectors.
     """
 
-    def __init__(self, runtime_dir: str, step_seconds: float = 0.001) -> None:
+    def __init__(self, runtime_dir: str, step_seconds: float = 0.001, width: int = 3) -> None:
+        self.width = width
         self.context: zmq.Context[Any] = zmq.Context()
         self.tokenizer: Inbox[ToTokenizer] = Inbox(self.context, runtime_dir, "tokenizer", ToTokenizer)
         self.detokenizer: Inbox[ToDetokenizer] = Inbox(self.context, runtime_dir, "detokenizer", ToDetokenizer)
@@ -115,6 +147,10 @@ class FakeRing:
     def by_rid(self, rid: str) -> Generate:
         return next(message for message in self.kinds(Generate) if message.rid == rid)
 
+    def embeds(self) -> list[Embed]:
+        """The clients' requests for vectors."""
+        return [message for message in self.kinds(Embed) if not message.rid.startswith(("WARM_UP", "HEALTH"))]
+
     def _loop(self) -> None:
         while not self._stop.is_set():
             incoming: list[Any] = [*self.tokenizer.drain(), *self.detokenizer.drain()]
@@ -133,7 +169,7 @@ class FakeRing:
 
     def _take(self, message: Any) -> None:
         match message:
-            case Generate():
+            case Generate() | Embed() | Judge():
                 self._admit(message)
             case Abort():
                 gone = [key for key in message.keys if key in self.running]
@@ -143,7 +179,7 @@ class FakeRing:
                     if one.made:
                         self.frontend.send(_rows([(one, "", NO_TOKEN, finish, None)], []))
                     else:
-                        self.frontend.send(Ended(key, one.generate.attempt, finish, "scheduler"))
+                        self.frontend.send(Ended(key, one.message.attempt, finish, "scheduler"))
             case FlushCache():
                 self.frontend.send(Flushed(message.key, not self.running))
             case QueryState():
@@ -158,35 +194,41 @@ class FakeRing:
             case Detokenize():
                 self.frontend.send(Detokenized(message.key, ["".join(map(chr, row)) for row in message.ids], None))
 
-    def _admit(self, message: Generate) -> None:
-        if message.text is not None and message.text.startswith("REFUSE "):
-            finish = Finish("abort", message=message.text.removeprefix("REFUSE "), status=400)
+    def _admit(self, message: Generate | Embed | Judge) -> None:
+        texts = _texts(message)
+        if texts[-1].startswith("REFUSE "):
+            finish = Finish("abort", message=texts[-1].removeprefix("REFUSE "), status=400)
             self.frontend.send(Ended(message.key, message.attempt, finish, "door"))
             return
-        if message.text is not None and message.text.startswith("QUEUE "):
+        if texts[-1].startswith("QUEUE "):
             finish = Finish("abort", message="The request queue is full.", status=503)
             self.frontend.send(Ended(message.key, message.attempt, finish, "scheduler"))
             return
         prompt: array[int] = array("i")
-        if message.input_ids is not None:
+        if not isinstance(message, Judge) and message.input_ids is not None:
             prompt.frombytes(message.input_ids)
         else:
-            prompt.extend(ord(letter) for letter in message.text or "")
+            prompt.extend(ord(letter) for text in texts for letter in text)
         self.frontend.send(Accepted(message.key, message.attempt, prompt.tobytes()))
         self.running[message.key] = Running(message, prompt.tolist())
 
     def _step(self) -> None:
         rows = []
         begun = []
+        embeds = [one for one in self.running.values() if isinstance(one.message, Embed)]
+        if embeds:
+            self.frontend.send(_vectors(embeds, self.width))
+        for one in embeds:
+            del self.running[one.message.key]
         for key, one in list(self.running.items()):
             generate = one.generate
             if not one.made:
                 begun.append(_begun(one))
             limit = generate.sampling.max_new_tokens
             if limit == 0:
-                last = (
-                    TokenLogprobs(None, None, [(-1.0, i) for i in generate.logprobs.ids]) if generate.logprobs else None
-                )
+                asked = generate.logprobs.ids if generate.logprobs else []
+                scored = [(fake_logprob(one.prompt, token), token) for token in asked]
+                last = TokenLogprobs(None, None, scored) if generate.logprobs else None
                 rows.append((one, "", NO_TOKEN, Finish("length", length=0), last))
                 del self.running[key]
                 continue
@@ -203,7 +245,31 @@ class FakeRing:
             rows.append((one, text_of(token), token, finish, logprobs))
             if finish is not None:
                 del self.running[key]
-        self.frontend.send(_rows(rows, begun))
+        if rows:
+            self.frontend.send(_rows(rows, begun))
+
+
+def _texts(message: Generate | Embed | Judge) -> list[str]:
+    if isinstance(message, Judge):
+        return [message.instruct or "", message.query, message.document]
+    return [message.text or "", *([message.pair or ""] if isinstance(message, Embed) and message.pair else [])]
+
+
+def _vectors(running: list[Running], width: int) -> Vectors:
+    """The vectors of all that wait for one; a row of another attempt lies in front."""
+    embeds = [one.message for one in running if isinstance(one.message, Embed)]
+    rows = [fake_vector(one.prompt, embed.dimensions or width) for one, embed in zip(running, embeds, strict=True)]
+    hidden = {i + 1: array("f", [0.1, 0.7]).tobytes() for i, embed in enumerate(embeds) if embed.with_hidden}
+    return Vectors(
+        keys=[embeds[0].key, *(embed.key for embed in embeds)],
+        attempts=[embeds[0].attempt + 1, *(embed.attempt for embed in embeds)],
+        prompt_tokens=[1, *(len(one.prompt) for one in running)],
+        widths=[2, *map(len, rows)],
+        entries=array("f", [9.0, 9.0]).tobytes() + b"".join(row.tobytes() for row in rows),
+        hidden=hidden,
+        retracted={embeds[0].key: 1},
+        weight_version="v7",
+    )
 
 
 def _begun(one: Running) -> Begun:
@@ -241,7 +307,9 @@ def _rows(rows: list[tuple[Running, str, int, Finish | None, TokenLogprobs | Non
     )
 
 
-def run_config(runtime_dir: str, launcher_pid: int, **server: Any) -> RunConfig:
+def run_config(
+    runtime_dir: str, launcher_pid: int, *, pooled: PooledFacts | None = None, judges: bool = False, **server: Any
+) -> RunConfig:
     """A configuration as the launcher would write it."""
     facts = ModelFacts(
         architectures=["LlamaForCausalLM"],
@@ -249,6 +317,8 @@ def run_config(runtime_dir: str, launcher_pid: int, **server: Any) -> RunConfig:
         vocab_size=1000,
         context_length=4096,
         eos_ids=[2],
+        pooled=pooled,
+        judges=judges,
     )
     source = ModelSource(name="org/model-x", kind="folder", path="/nowhere")
     return RunConfig(
@@ -285,14 +355,21 @@ class Live:
 
 
 @contextmanager
-def live_frontend(*, warm: bool = True, step_seconds: float = 0.001, **server: Any) -> Iterator[Live]:
+def live_frontend(
+    *,
+    warm: bool = True,
+    step_seconds: float = 0.001,
+    pooled: PooledFacts | None = None,
+    judges: bool = False,
+    **server: Any,
+) -> Iterator[Live]:
     """Start `python -m http_frontend` on an inherited listening socket, and end it by its pid."""
     with tempfile.TemporaryDirectory(prefix="tm") as folder:
         config_path = Path(folder) / "config.json"
-        write_run_config(run_config(folder, os.getpid(), **server), config_path)
+        write_run_config(run_config(folder, os.getpid(), pooled=pooled, judges=judges, **server), config_path)
         listener = socket.create_server(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-        ring = FakeRing(folder, step_seconds)
+        ring = FakeRing(folder, step_seconds, pooled.width if pooled else 0)
         process = subprocess.Popen(
             [sys.executable, "-m", "http_frontend", "--config", str(config_path), "--fd", str(listener.fileno())],
             cwd=REPOSITORY,

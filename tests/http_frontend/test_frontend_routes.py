@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
-from fake_ring import Live, call, expected, text_of
+from fake_ring import Live, call, expected, fake_logprob, text_of
 
 from engine.wire.to_scheduler import FlushCache
 from engine.wire.to_tokenizer import Generate, Tokenize
@@ -55,9 +55,10 @@ def test_logprobs_with_text(live: Live) -> None:
     assert meta["input_top_logprobs"][0] is None
     assert meta["output_token_logprobs"] == [[-0.5, 3, text_of(3)], [-0.5, 4, text_of(4)]]
     assert meta["output_top_logprobs"][1] == [[-0.5, 4, text_of(4)], [-1.5, 5, text_of(5)]]
+    scored = fake_logprob([ord(letter) for letter in "abc"], 8)
     nothing = call("abc", 0, return_logprob=True, token_ids_logprob=[8])
     meta = live.client.post("/generate", json=nothing).json()["meta_info"]
-    assert (meta["output_token_logprobs"], meta["output_token_ids_logprobs"]) == ([], [[[-1.0, 8, None]]])
+    assert (meta["output_token_logprobs"], meta["output_token_ids_logprobs"]) == ([], [[[scored, 8, None]]])
     assert meta["finish_reason"] == {"type": "length", "length": 0}
 
 

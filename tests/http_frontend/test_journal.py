@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from engine.wire.results import Finish, TokenLogprobs
 from engine.wire.sampling import LogprobOptions, Sampling, TextOptions
-from engine.wire.to_frontend import Accepted, Begun, Ended, TextStep
+from engine.wire.to_frontend import Accepted, Begun, Ended, TextStep, Vectors
 from engine.wire.to_scheduler import Abort
-from engine.wire.to_tokenizer import Generate
+from engine.wire.to_tokenizer import Embed, Generate
 from http_frontend.answers import AnswerStyle, Writer, failure
 from http_frontend.journal import NEVER, Entry, Journal, nothing_to_do
 
@@ -201,3 +201,42 @@ def test_which_ends_are_errors_of_a_plain_call() -> None:
     assert busy is not None
     assert (bad.shape, bad.status) == ("A", 400)
     assert (busy.shape, busy.status, busy.kind) == ("D", 503, "503")
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5), st.booleans(), st.booleans()), max_size=8), st.data())
+def test_vectors_end_their_entries_and_nothing_else(
+    rows: list[tuple[int, int, bool, bool]], data: st.DataObject
+) -> None:
+    """Rows are (attempt, width, known, with a hidden state); each finds its own slice."""
+    journal = Journal(lambda _message: None)
+    told: list[Entry] = []
+    embeds = [
+        Embed(key=key, attempt=attempt, rid=f"r{key}", text="x", pair=None, input_ids=None)
+        for key, (attempt, _, _, _) in enumerate(rows)
+    ]
+    entries = {embed.key: Entry(embed, told.append) for embed, row in zip(embeds, rows, strict=True) if row[2]}
+    journal.submit(entries.values())
+    order = data.draw(st.permutations(range(len(rows))))
+    ages = {key: data.draw(st.integers(0, 3)) for key in order}
+    vectors = {key: array("f", [key + i / 3 for i in range(rows[key][1])]).tobytes() for key in order}
+    journal.vectors(
+        Vectors(
+            keys=list(order),
+            attempts=[ages[key] for key in order],
+            prompt_tokens=[key + 7 for key in order],
+            widths=[rows[key][1] for key in order],
+            entries=b"".join(vectors[key] for key in order),
+            hidden={row: bytes([key]) for row, key in enumerate(order) if rows[key][3]},
+            retracted=dict.fromkeys(order, 2),
+            weight_version="new",
+        )
+    )
+    current = [key for key in order if key in entries and ages[key] == rows[key][0]]
+    assert [entry.key for entry in told] == current and len(journal) == len(entries) - len(current)
+    for key, entry in entries.items():
+        if key not in current:
+            assert (entry.finish, entry.vector, entry.weight_version) == (None, b"", None)
+            continue
+        assert entry.finish == Finish("length", length=0)
+        assert (entry.vector, entry.hidden) == (vectors[key], bytes([key]) if rows[key][3] else b"")
+        assert (entry.prompt_tokens, entry.retractions, entry.weight_version) == (key + 7, 2, "new")

@@ -1,0 +1,77 @@
+"""Calls that are answered in one piece: /encode, /classify and the /v1 routes beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from http_frontend.bodies import ClientGoneError, Receive, check_content_type, check_json_only, content_type, read_body
+from http_frontend.call import Call, Scope, Send, all_ended, send_json, watch
+from http_frontend.errors import RefusedError, error_response
+from http_frontend.frontend import Frontend
+from http_frontend.items import Desk
+from http_frontend.journal import Entry, Request
+
+
+@dataclass(frozen=True)
+class Work:
+    """A call as messages, one an item, and what makes its JSON of the ended entries (in the order of the messages)."""
+
+    messages: Sequence[Request]
+    answer: Callable[[list[Entry]], bytes]
+
+
+class WholeCall:
+    """The ASGI application of a route.
+
+    plan: body → work; it may raise `RefusedError`. shape: of what is refused as invalid. With D an entry that was
+    aborted fails the call, since there is no place in the answer that could say so.
+    """
+
+    def __init__(self, frontend: Frontend, plan: Callable[[bytes, Desk], Work], shape: Literal["A", "D"]) -> None:
+        self._frontend = frontend
+        self._plan = plan
+        self._shape = shape
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            body = await read_body(receive)
+        except ClientGoneError:
+            return
+        check = check_content_type if self._shape == "A" else check_json_only
+        try:
+            self._frontend.check_open()
+            check(content_type(scope["headers"]), body)
+            work = self._plan(body, self._frontend.desk)
+            answer = await self._run(work, receive)
+        except RefusedError as refused:
+            await error_response(self._shaped(refused))(scope, receive, send)
+            return
+        if answer is not None:
+            await send_json(send, answer)
+
+    async def _run(self, work: Work, receive: Receive) -> bytes | None:
+        """The answer's body; None when the client has gone."""
+        frontend = self._frontend
+        call = Call(frontend.loop)
+        watcher = frontend.loop.create_task(watch(receive, call))
+        try:
+            call.entries = [Entry(message, call.notify, index=i) for i, message in enumerate(work.messages)]
+            frontend.journal.submit(call.entries)
+            if not await all_ended(call):
+                return None
+        finally:
+            watcher.cancel()
+            # Whatever has not ended by now has nobody left to tell.
+            frontend.journal.forget(call.entries)
+        if self._shape == "D":
+            for entry in call.entries:
+                if entry.finish is not None and entry.finish.kind == "abort":
+                    raise RefusedError("D", f"The request was aborted: {entry.finish.message}", 503)
+        return work.answer(call.entries)
+
+    def _shaped(self, refused: RefusedError) -> RefusedError:
+        if self._shape == "A" or refused.shape == "C":
+            return refused
+        return RefusedError("D", refused.message, refused.status)

@@ -1,0 +1,69 @@
+"""One `Embed`: its text, or pair of texts, as ids and segments."""
+
+from __future__ import annotations
+
+import logging
+from array import array
+
+from engine.checkpoints.tokenizer import Tokenizer, encode_pair
+from engine.wire.sampling import Sampling, TextOptions
+from engine.wire.to_frontend import Accepted
+from engine.wire.to_scheduler import Admit, VectorOptions
+from engine.wire.to_tokenizer import Embed
+from tokenizer_proc.prompt_ids import need, pack, unpack
+from tokenizer_proc.validation import Bounds, RefusalError, check_ids, too_long
+
+logger = logging.getLogger(__name__)
+
+
+def admit_embed(message: Embed, tokenizer: Tokenizer | None, bounds: Bounds) -> tuple[Accepted, Admit]:
+    """What to send to the frontend and the scheduler. Raises RefusalError."""
+    ids, segments = _prompt(message, tokenizer, bounds)
+    check_ids(ids, bounds.vocab_size)
+    packed = pack(ids)
+    admitted = Admit(
+        key=message.key,
+        attempt=message.attempt,
+        rid=message.rid,
+        input_ids=packed,
+        output_ids=b"",
+        sampling=Sampling(max_new_tokens=0),
+        text_options=TextOptions(),
+        logprobs=None,
+        extra_key=None,
+        priority=message.priority,
+        vector=VectorOptions(
+            type_ids=segments if any(segments) else b"",
+            dimensions=message.dimensions,
+            with_hidden=message.with_hidden,
+        ),
+    )
+    return Accepted(message.key, message.attempt, packed), admitted
+
+
+def _prompt(message: Embed, tokenizer: Tokenizer | None, bounds: Bounds) -> tuple[array[int], bytes]:
+    """Ids and segments (uint8) of the prompt, which may fill the context: no token will follow it.
+
+    Where a prompt may be cut, a text is cut so that the special tokens behind it stay.
+    """
+    most = bounds.context_length
+    if message.input_ids is not None:
+        ids, segments = unpack(message.input_ids), b""
+        size = len(ids)
+        ids = ids[:most]
+    else:
+        tokenizer = need(tokenizer)
+        text = message.text or ""
+        try:
+            listed, segments = encode_pair(tokenizer, text, message.pair)
+            size = len(listed)
+            if size > most and bounds.auto_truncate:
+                listed, segments = encode_pair(tokenizer, text, message.pair, max_length=most)
+        except Exception as error:  # the package raises bare Exception
+            raise RefusalError(f"the text cannot be tokenized: {error}") from error
+        ids = array("i", listed)
+    if size > most:
+        if not bounds.auto_truncate:
+            raise too_long(size, most)
+        logger.warning("request %s: the prompt was cut from %d to %d tokens", message.rid, size, most)
+    return ids, segments
