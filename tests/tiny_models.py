@@ -57,11 +57,11 @@ def tiny_qwen3(path: Path, auto: Any = AutoModelForCausalLM, **overrides: Any) -
     return _write(path, Qwen3Config, {**shape, "head_dim": 12, **overrides}, auto)
 
 
-def tiny_gemma3(path: Path, **overrides: Any) -> Path:
+def tiny_gemma3(path: Path, auto: Any = AutoModelForCausalLM, **overrides: Any) -> Path:
     """Gemma3ForCausalLM, 4 heads over 2, tied; a window of 6 tokens in all layers but the second, and two bases."""
     shape = {"hidden_size": 44, "intermediate_size": 76, "num_attention_heads": 4, "num_key_value_heads": 2}
     own = {"head_dim": 12, "query_pre_attn_scalar": 7, "sliding_window": 6, "sliding_window_pattern": 2}
-    return _write(path, Gemma3TextConfig, {**shape, **own, **overrides})
+    return _write(path, Gemma3TextConfig, {**shape, **own, **overrides}, auto)
 
 
 def tiny_bert(path: Path, auto: Any = AutoModel, **overrides: Any) -> Path:
