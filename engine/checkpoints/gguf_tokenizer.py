@@ -192,10 +192,13 @@ def _merges_from_scores(vocab: dict[str, int], reader: _Metadata) -> list[tuple[
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, reader: _Metadata, *, unknown_too: bool) -> None:
-    """Control tokens are special; user-defined ones are matched whole in the text, but are text."""
+    """Control tokens are special; user-defined ones are matched whole in the text, but are text.
+
+    Where these have blanks as sentencepiece writes them (Gemma's runs of blanks), the text is matched in that form.
+    """
     special = {_CONTROL, _UNKNOWN} if unknown_too else {_CONTROL}
     tokens = [
-        AddedToken(text, special=kind in special, normalized=False)
+        AddedToken(text, special=kind in special, normalized=kind == _USER_DEFINED and unknown_too and "▁" in text)
         for text, kind in zip(reader.tokens, reader.types, strict=True)
         if (kind in special or kind == _USER_DEFINED) and text
     ]
