@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-Head = Literal["generation", "embedding", "classifier", "masked"]
-"""What a checkpoint was made for; "masked": an encoder that fills in masked tokens, and can only embed here."""
+Head = Literal["generation", "embedding", "classifier", "reward", "masked"]
+"""What a checkpoint was made for. "reward": a classifier of one label behind a layer of its own. "masked": an encoder
+that fills in masked tokens, and can only embed here."""
 
 
 class Architecture(NamedTuple):
@@ -24,6 +25,8 @@ def _known() -> dict[str, Architecture]:
         known[family] = Architecture(family, "model.", "generation")
         known[f"{name}Model"] = Architecture(family, "model.", "embedding")
         known[f"{name}ForSequenceClassification"] = Architecture(family, "model.", "classifier")
+    for name in ("Qwen2", "Qwen3"):
+        known[f"{name}ForRewardModel"] = Architecture(f"{name}ForCausalLM", "model.", "reward")
     known["LlamaEmbeddingModel"] = known["LlamaModel"]
     known["Gemma3ForCausalLM"] = Architecture("Gemma3ForCausalLM", "model.", "generation")
     known["Gemma3TextModel"] = Architecture("Gemma3ForCausalLM", "model.", "embedding")

@@ -52,6 +52,8 @@ def read_task(source: ModelSource, config: ModelConfig, *, is_embedding: bool) -
     head = about(config.architecture).head
     if head == "classifier":
         return _classifier(source, config)
+    if head == "reward":
+        return Task(kind="classifier", width=1)
     if head == "embedding" or is_embedding:
         return _embedding(source, config)
     if head == "masked":

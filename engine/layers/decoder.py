@@ -16,7 +16,7 @@ from engine.kernels.batch import RaggedBatch
 from engine.kernels.kv_cache import KvCache
 from engine.kernels.table import Activation, Backend, Ops, Program, RotaryFrequencies
 from engine.layers.activations import activation_named
-from engine.layers.heads import through_dense
+from engine.layers.heads import head_output
 from engine.layers.rope import rotary_frequencies
 from engine.layers.weights import (
     AttentionWeights,
@@ -91,9 +91,7 @@ class Decoder:
         return float(torch.tensor(self.config.hidden_size**0.5).to(self.dtype))
 
     def _head(self, ops: Ops, hidden_rows: torch.Tensor) -> torch.Tensor:
-        if self.weights.head is None:
-            return through_dense(ops, hidden_rows, self.weights.dense)
-        return ops.logits(hidden_rows, self.weights.head)
+        return head_output(ops, hidden_rows, self.weights.dense, self.weights.head)
 
 
 def attention_block(

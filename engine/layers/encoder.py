@@ -15,7 +15,7 @@ from engine.kernels.kv_cache import KvCache
 from engine.kernels.table import Activation, Backend, Ops, Program
 from engine.layers.activations import activation_named, activation_names
 from engine.layers.encoder_weights import EncoderNames, EncoderWeights, allocate_encoder, encoder_bytes, ignored_names
-from engine.layers.heads import through_dense
+from engine.layers.heads import head_output
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,10 +60,7 @@ class Encoder:
         return x
 
     def _head(self, ops: Ops, rows: torch.Tensor) -> torch.Tensor:
-        classifier = self.weights.classifier
-        if classifier is None:
-            return through_dense(ops, rows, self.weights.dense)
-        return ops.logits(ops.linear(rows, classifier.dense, "tanh"), classifier.output)
+        return head_output(ops, rows, self.weights.dense, self.weights.labels)
 
 
 def build_encoder(

@@ -45,24 +45,19 @@ class EncoderLayer:
 
 
 @dataclass(frozen=True, eq=False)
-class ClassifierHead:
-    """dense: [hidden, hidden], before a tanh. output: [labels, hidden]."""
-
-    dense: Matrix
-    output: Matrix
-
-
-@dataclass(frozen=True, eq=False)
 class EncoderWeights:
-    """tokens, positions, types: tables [rows, hidden]. classifier: None of a model that embeds, through `dense`."""
+    """tokens, positions, types: tables [rows, hidden].
+
+    dense: layers of the head. labels: [labels, hidden], behind them; None of a model that embeds.
+    """
 
     tokens: Matrix
     positions: Matrix
     types: Matrix | None
     embedding_norm: NormWeights
     layers: tuple[EncoderLayer, ...]
-    classifier: ClassifierHead | None
     dense: tuple[DenseLayer, ...]
+    labels: Matrix | None
 
 
 def allocate_encoder(
@@ -75,12 +70,10 @@ def allocate_encoder(
     def table(name: str, rows: int) -> Matrix:
         return allocator.table(f"{prefix}.{name}_embeddings.weight", rows, hidden)
 
-    classifier = None
+    dense, labels = allocate_dense(allocator.linear, task), None
     if task.kind == "classifier":
-        classifier = ClassifierHead(
-            dense=allocator.linear({names.head_dense: hidden}, hidden, bias=True),
-            output=allocator.linear({names.head_output: task.width}, hidden, bias=True),
-        )
+        dense = (DenseLayer(allocator.linear({names.head_dense: hidden}, hidden, bias=True), "tanh"),)
+        labels = allocator.linear({names.head_output: task.width}, hidden, bias=True)
     weights = EncoderWeights(
         tokens=table("word", config.vocab_size),
         positions=table("position", traits.positions),
@@ -89,8 +82,8 @@ def allocate_encoder(
         layers=tuple(
             _layer(allocator, config, f"{names.base}.encoder.layer.{number}") for number in range(config.num_layers)
         ),
-        classifier=classifier,
-        dense=allocate_dense(allocator.linear, task),
+        dense=dense,
+        labels=labels,
     )
     return weights, allocator.places
 
@@ -116,10 +109,7 @@ def encoder_bytes(weights: EncoderWeights) -> int:
     """Memory that the weights take, as they are laid out."""
     matrices = [weights.tokens, weights.positions, *(layer.matrix for layer in weights.dense)]
     vectors = [*weights.embedding_norm]
-    if weights.types is not None:
-        matrices.append(weights.types)
-    if weights.classifier is not None:
-        matrices += [weights.classifier.dense, weights.classifier.output]
+    matrices += [matrix for matrix in (weights.types, weights.labels) if matrix is not None]
     for layer in weights.layers:
         matrices += [layer.qkv, layer.output, layer.up, layer.down]
         vectors += [*layer.attention_norm, *layer.mlp_norm]

@@ -1,4 +1,4 @@
-"""Heads that return vectors: hidden states as they are, or through the dense layers of a checkpoint."""
+"""Heads that return vectors: hidden states as they are, or through dense layers, or labels behind them."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def allocate_dense(linear: Callable[[dict[str, int], int, bool], Matrix], task: 
     )
 
 
-def through_dense(ops: Ops, rows: torch.Tensor, layers: tuple[DenseLayer, ...]) -> torch.Tensor:
-    """Pooled rows [R, H] → float32 [R, width]."""
-    for number, layer in enumerate(layers):
-        if layer.activation == "identity" and number == len(layers) - 1:
-            return ops.logits(rows, layer.matrix)  # not rounded to the weights' dtype
+def head_output(ops: Ops, rows: torch.Tensor, layers: tuple[DenseLayer, ...], output: Matrix | None) -> torch.Tensor:
+    """Pooled rows [R, H], through the layers and the output's matrix if there is one → float32 [R, width]."""
+    if output is None and layers and layers[-1].activation == "identity":
+        layers, output = layers[:-1], layers[-1].matrix  # what `logits` returns is not rounded to the weights' dtype
+    for layer in layers:
         rows = ops.linear(rows, layer.matrix, layer.activation)
-    return ops.vectors(rows)
+    return ops.vectors(rows) if output is None else ops.logits(rows, output)

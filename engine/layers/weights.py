@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.checkpoints.architectures import about
 from engine.checkpoints.model_config import ModelConfig
 from engine.checkpoints.task import Task
 from engine.checkpoints.weights import OffsetPlace, Place, TensorPlace
@@ -121,14 +122,22 @@ def allocate_decoder(
     embedding = allocator.table("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
     layers = tuple(_layer(allocator, config, traits, f"model.layers.{index}") for index in range(config.num_layers))
     final_norm = allocator.vector("model.norm.weight", config.hidden_size, traits.norm_offset)
-    head: Matrix | None = None
+    head, dense = _head(allocator, config, task, embedding)
+    return DecoderWeights(embedding, layers, final_norm, head, dense), allocator.places
+
+
+def _head(
+    allocator: Allocator, config: ModelConfig, task: Task, embedding: Matrix
+) -> tuple[Matrix | None, tuple[DenseLayer, ...]]:
+    hidden = config.hidden_size
+    if task.kind == "embedding":
+        return None, allocate_dense(allocator.linear, task)
     if task.kind == "generation":
-        tied = config.tie_embeddings
-        head = embedding if tied else allocator.table("lm_head.weight", config.vocab_size, config.hidden_size)
-    elif task.kind == "classifier":
-        head = allocator.table("score.weight", task.width, config.hidden_size)
-    weights = DecoderWeights(embedding, layers, final_norm, head, allocate_dense(allocator.linear, task))
-    return weights, allocator.places
+        return embedding if config.tie_embeddings else allocator.table("lm_head.weight", config.vocab_size, hidden), ()
+    if about(config.architecture).head == "reward":
+        before = DenseLayer(allocator.linear({"score.0": hidden}, hidden, bias=True), "relu")
+        return allocator.linear({"score.2": task.width}, hidden, bias=True), (before,)
+    return allocator.table("score.weight", task.width, hidden), ()
 
 
 def weight_bytes(weights: DecoderWeights) -> int:

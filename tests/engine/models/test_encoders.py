@@ -20,6 +20,13 @@ from engine.models.model import Model
 LENGTHS = [9, 1, 40, 2, 33, 17]
 FAMILIES: dict[str, Callable[..., Path]] = {"bert": tiny_bert, "roberta": tiny_roberta, "xlm-roberta": tiny_xlm_roberta}
 BACKENDS = ["reference", *ISAS]
+POOLED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "cls": lambda states: states[0],
+    "lasttoken": lambda states: states[-1],
+    "mean": lambda states: states.mean(0),
+    "max": lambda states: states.amax(0),
+}
+"""sentence-transformers' name of a pooling → the pooled row of hidden states [T, H]."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -70,23 +77,15 @@ def test_embeddings(family: str, name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize(
-    ("mode", "pool"),
-    [
-        ("cls", lambda states: states[0]),
-        ("lasttoken", lambda states: states[-1]),
-        ("mean", lambda states: states.mean(0)),
-        ("max", lambda states: states.amax(0)),
-    ],
-)
-def test_poolings(mode: str, pool: Callable[[torch.Tensor], torch.Tensor], name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", POOLED)
+def test_poolings(mode: str, name: str, tmp_path: Path) -> None:
     path = tiny_bert(tmp_path)
     write_pooling(path, mode)
     oracle, model = load_oracle(path, auto=AutoModel), load(path, backend(name))
     assert not model.task.normalise
     run, texts = program(model), random_texts(model.config.vocab_size, LENGTHS)
     found = vectors(run, texts)
-    close(found, torch.stack([pool(hidden(oracle, text)) for text in texts]))
+    close(found, torch.stack([POOLED[mode](hidden(oracle, text)) for text in texts]))
     check_same(name, found[2], vectors(run, texts[2:3])[0])
 
 

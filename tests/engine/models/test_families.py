@@ -106,8 +106,6 @@ def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module", params=["reference", *ISAS])
 def case(request: pytest.FixtureRequest, oracle: tuple[ModelConfig, Any]) -> Case:
     config, model = oracle
-    if request.param != "reference" and config.local_rope is not None:
-        pytest.skip("until merged")
     return Case(filled_model(config, model, torch.float32, backend(request.param)), model, request.param)
 
 
