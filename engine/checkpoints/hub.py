@@ -21,8 +21,6 @@ HUB_TIMEOUT = 10.0
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+){0,2}")
 _TEXT_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 _WEIGHTS = "*.safetensors"
-# What sentence-transformers puts behind a model: 1_Pooling/config.json and the like.
-_MODULE = re.compile(r"\d+_\w+/(config\.json|model\.safetensors)")
 
 
 class DownloadError(Exception):
@@ -133,7 +131,7 @@ def model_files(repository: str, files: list[str], file_name: str | None) -> lis
     # The original weights of Mistral's repositories lie beside the converted ones, under this name.
     converted = [file for file in weights if not file.startswith("consolidated")]
     if file_name is None and "config.json" in top and weights:
-        return texts + (converted or weights) + [file for file in files if _MODULE.fullmatch(file)]
+        return texts + (converted or weights)
     return texts + _gguf_files(repository, top, file_name, "config.json with *.safetensors")
 
 
