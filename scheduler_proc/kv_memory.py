@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from scheduler_proc.memory import Usage
 from scheduler_proc.radix_cache import RadixCache
 from scheduler_proc.request import Request
 from scheduler_proc.slot_pool import SlotPool
@@ -28,6 +29,13 @@ class KvMemory:
         """Slots that are free or could be made free by eviction."""
         return self.pool.free_count + self.tree.evictable_count
 
+    def usage(self) -> Usage:
+        free = self.pool.free_count
+        return Usage(self.pool.size, self.pool.size - self.available, self.tree.token_count, free)
+
+    def begin_step(self) -> None:
+        pass
+
     def attach(self, request: Request) -> None:
         """Give a request the cached prefix it may reuse, and lock that path."""
         assert request.node is None and request.computed == 0
@@ -39,6 +47,19 @@ class KvMemory:
         request.computed = request.tree_owned = count
         request.node = match.node
         self.tree.lock(match.node)
+
+    def detach(self, request: Request) -> None:
+        """Undo `attach` of a request that is not admitted after all."""
+        if request.node is not None:
+            self.tree.unlock(request.node)
+            request.node = None
+        request.computed = request.tree_owned = 0
+
+    def cached_length(self, request: Request) -> int:
+        """How many tokens of a request's prompt `attach` would find."""
+        if not self.reuse:
+            return 0
+        return self.tree.match_length(request.admit.extra_key, request.tokens[: request.reusable])
 
     def extend(self, request: Request, count: int) -> bool:
         """Give a request slots for its next `count` tokens, evicting cached prefixes if need be.

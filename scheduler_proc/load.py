@@ -14,10 +14,11 @@ from tqdm import tqdm
 from engine.checkpoints.load_weights import load_weights, open_weights, random_weights
 from engine.checkpoints.model_config import ModelConfig
 from engine.checkpoints.read_config import read_model_config
+from engine.checkpoints.task import Task, read_task
 from engine.config import ConfigError, RunConfig, ServerConfig
 from engine.kernels.choice import open_backend
 from engine.kernels.host_memory import available_memory
-from engine.kernels.kv_cache import allocate_kv_cache, kv_bytes_per_token
+from engine.kernels.kv_cache import allocate_kv_cache, kv_bytes_per_token, step_cache
 from engine.kernels.table import Backend, Program
 from engine.models.model import Model
 from engine.models.registry import build_model
@@ -30,6 +31,8 @@ POOL_SHARE = 0.5
 POOL_CONTEXTS = 16
 """The default pool holds at most so many full contexts: more would only fill memory with old prefixes."""
 MAX_RUNNING = 64
+WHOLE_STEP = 1024
+"""Prompt tokens of a step by default where prompts are read whole: many short texts make one large product."""
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -40,6 +43,8 @@ class Engine:
 
     backend: Backend
     program: Program
+    task: Task
+    reads_whole: bool
     limits: Limits
 
 
@@ -51,7 +56,8 @@ def load_engine(config: RunConfig, *, started: float) -> Engine:
     available = available_memory()
     model_config = read_model_config(config.model, server.json_model_override_args)
     dtype = DTYPES[server.dtype]
-    model = build_model(model_config, dtype=dtype, backend=backend)
+    task = read_task(config.model, model_config, is_embedding=server.is_embedding)
+    model = build_model(model_config, task, dtype=dtype, backend=backend)
     check_fits(model.weight_bytes, available)
     mark = time.monotonic()
     fill_weights(model, config, model_config)
@@ -59,19 +65,28 @@ def load_engine(config: RunConfig, *, started: float) -> Engine:
     mark = time.monotonic()
     kv_dtype = dtype if server.kv_cache_dtype == "auto" else DTYPES[server.kv_cache_dtype]
     token_bytes = kv_bytes_per_token(model_config, kv_dtype)
-    slots = pool_size(server, config.facts.context_length, token_bytes, model.weight_bytes, available)
-    program = model.program(allocate_kv_cache(model_config, slots, kv_dtype, "cpu"))
+    context = config.facts.context_length
+    if model.reads_whole:
+        budget = step_budget(server)
+        running = server.max_running_requests or budget
+        slots = max(budget, context) + running  # prompts of one token are planned beside the budget
+        token_bytes //= model_config.num_layers
+        cache = step_cache(model_config, slots, kv_dtype, "cpu")
+    else:
+        budget = backend.prefill_chunk if server.chunked_prefill_size is None else server.chunked_prefill_size
+        running = server.max_running_requests or MAX_RUNNING
+        slots = pool_size(server, context, token_bytes, model.weight_bytes, available)
+        cache = allocate_kv_cache(model_config, slots, kv_dtype, "cpu")
+    program = model.program(cache)
     seconds["pool"] = time.monotonic() - mark
     gc.collect()
     gc.freeze()
-    longest = longest_request(config.facts.context_length, slots)
+    longest = longest_request(context, slots, task)
     limits = Limits(
         max_total_num_tokens=slots,
-        max_req_input_len=longest - 5,
-        max_running_requests=server.max_running_requests or MAX_RUNNING,
-        chunked_prefill_size=(
-            backend.prefill_chunk if server.chunked_prefill_size is None else server.chunked_prefill_size
-        ),
+        max_req_input_len=longest - 5 if task.kind == "generation" else longest + 1,
+        max_running_requests=running,
+        chunked_prefill_size=budget,
         weight_gb=model.weight_bytes / 1e9,
         kvcache_gb=slots * token_bytes / 1e9,
         available_gb=available / 1e9,
@@ -83,7 +98,13 @@ def load_engine(config: RunConfig, *, started: float) -> Engine:
         limits.kvcache_gb, slots, limits.available_gb,
         ", ".join(f"{name} {spent:.2f} s" for name, spent in seconds.items()),
     )  # fmt: skip
-    return Engine(backend, program, limits)
+    return Engine(backend, program, task, model.reads_whole, limits)
+
+
+def step_budget(server: ServerConfig) -> int:
+    """Prompt tokens of a step where prompts are read whole (so that -1, no chunks, is no choice)."""
+    given = server.chunked_prefill_size
+    return min(WHOLE_STEP, server.max_prefill_tokens) if given is None or given < 0 else given
 
 
 def fill_weights(model: Model, config: RunConfig, model_config: ModelConfig) -> None:
@@ -137,6 +158,6 @@ def pool_size(server: ServerConfig, context: int, token_bytes: int, weight_bytes
     return slots
 
 
-def longest_request(context: int, slots: int) -> int:
+def longest_request(context: int, slots: int, task: Task) -> int:
     """Most prompt + output tokens of a request that context and pool can hold (contract §5.3)."""
-    return min(context - 1, slots - 1)
+    return min(context - 1, slots - 1) if task.kind == "generation" else min(context, slots)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from scheduler_proc.kv_memory import KvMemory
+from scheduler_proc.memory import Memory
 from scheduler_proc.radix_cache import shared_length
 from scheduler_proc.request import Request
 
@@ -65,7 +65,7 @@ class Planner:
     """The queues: `waiting` in order of arrival, `running` in order of admission. `preemptions`: since the start."""
 
     limits: PlannerLimits
-    memory: KvMemory
+    memory: Memory
     waiting: list[Request] = field(default_factory=list)
     running: list[Request] = field(default_factory=list)
     preemptions: int = 0
@@ -73,6 +73,7 @@ class Planner:
     def plan(self) -> tuple[list[Extend], list[Request]]:
         """Plan one step and take its slots. Returns the step and the requests that can never be served (a lone
         request for which the pool is too small)."""
+        self.memory.begin_step()
         plan: list[Extend] = []
         hopeless: list[Request] = []
         for request in [r for r in self.running if r.outstanding == 1]:
@@ -147,7 +148,7 @@ class Planner:
                 continue
             self.memory.attach(request)
             if self.running and self.memory.available < self._reserved(plan) + request.outstanding + _growth(request):
-                self._detach(request)
+                self.memory.detach(request)
                 return None
             self.waiting.remove(request)
             self.running.append(request)
@@ -156,13 +157,6 @@ class Planner:
                 request.started_at = time.monotonic()
             return request
         return None
-
-    def _detach(self, request: Request) -> None:
-        """Undo `attach` of a request that is not admitted after all."""
-        if request.node is not None:
-            self.memory.tree.unlock(request.node)
-            request.node = None
-        request.computed = request.tree_owned = 0
 
     def _reserved(self, plan: list[Extend]) -> int:
         """Slots that running requests will still want beyond this step: the rest of their prompts, some growth."""
@@ -180,8 +174,7 @@ class Planner:
         shared = max(shared_length(r.tokens[: r.length - 1], mine) for r in prefills)
         if shared < SHARED_PREFIX_WORTH_WAITING:
             return False
-        cached = self.memory.tree.match_length(request.admit.extra_key, mine)
-        return shared - cached >= SHARED_PREFIX_WORTH_WAITING
+        return shared - self.memory.cached_length(request) >= SHARED_PREFIX_WORTH_WAITING
 
     def _policy_order(self) -> list[Request]:
         """The waiting requests in the order in which they are to be admitted."""
@@ -190,9 +183,7 @@ class Planner:
             overdue = time.monotonic() - self.limits.max_wait
             late = [r for r in order if r.arrived_at < overdue]
             fresh = [r for r in order if r.arrived_at >= overdue][:LPM_CANDIDATES]
-            matched = {
-                r.number: self.memory.tree.match_length(r.admit.extra_key, r.tokens[: r.reusable]) for r in fresh
-            }
+            matched = {r.number: self.memory.cached_length(r) for r in fresh}
             order = late + sorted(fresh, key=lambda r: -matched[r.number])
         if self.limits.priorities:
             order.sort(key=self.urgency)

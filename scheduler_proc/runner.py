@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from engine.kernels.batch import RaggedBatch
 from engine.kernels.table import Backend, Program
@@ -68,6 +69,7 @@ def ragged_batch(plan: list[Extend]) -> RaggedBatch:
     positions = np.empty(query_starts[-1], np.int64)
     slots = np.empty(query_starts[-1], np.int64)
     context = np.empty(context_starts[-1], np.int64)
+    type_ids: NDArray[np.int64] | None = None
     for i, step in enumerate(plan):
         request, start, end = step.request, step.request.computed, ends[i]
         here = slice(query_starts[i], query_starts[i + 1])
@@ -75,6 +77,10 @@ def ragged_batch(plan: list[Extend]) -> RaggedBatch:
         positions[here] = np.arange(start, end)
         slots[here] = request.slots[start:end]
         context[context_starts[i] : context_starts[i + 1]] = request.slots[:end]
+        if request.admit.vector is not None and request.admit.vector.type_ids:
+            if type_ids is None:
+                type_ids = np.zeros(query_starts[-1], np.int64)
+            type_ids[here] = np.frombuffer(request.admit.vector.type_ids, np.uint8)[start:end]
     return RaggedBatch(
         token_ids=torch.from_numpy(tokens),
         positions=torch.from_numpy(positions),
@@ -83,4 +89,5 @@ def ragged_batch(plan: list[Extend]) -> RaggedBatch:
         context_lengths=tuple(ends),
         context_slots=torch.from_numpy(context),
         context_starts=context_starts,
+        type_ids=None if type_ids is None else torch.from_numpy(type_ids),
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from engine.checkpoints.task import Task
 from engine.kernels.table import Backend
 from engine.wire.results import Finish
 from engine.wire.sockets import Inbox, Outbox
@@ -22,12 +23,14 @@ from scheduler_proc.request import Request, new_request
 from scheduler_proc.runner import Runner
 from scheduler_proc.sampler import SampledRow, sample
 from scheduler_proc.statistics import Statistics
+from scheduler_proc.vectors import is_finite, vectors_message
 
 logger = logging.getLogger(__name__)
 
 NO_PRIORITY = "Using priority is disabled for this server. Please send a new request without a priority."
 QUEUE_FULL = "The request queue is full."
 OUTRANKED = "The request is aborted by a higher priority request."
+NOT_FINITE = "The vector of this request is not finite: the model's weights or its dtype do not suit it."
 OUT_OF_MEMORY = "Out of memory even after retracting all other requests in the decode batch. Aborting the last request."
 
 
@@ -38,6 +41,7 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     waiting_timeout, running_timeout: seconds, None for no limit.
     strict: an invariant that does not hold ends the process (else it is logged).
     report: the part of `/server_info` that does not change.
+    task: what the model is served for.
     """
 
     eos_ids: list[int]
@@ -51,6 +55,7 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     running_timeout: float | None
     strict: bool
     report: dict[str, Any]
+    task: Task = Task()
 
 
 @dataclass(slots=True)
@@ -65,6 +70,7 @@ class Scheduler:
     requests: dict[int, Request] = field(default_factory=dict)
     flushes: list[tuple[FlushCache, float]] = field(default_factory=list)
     arrivals: int = 0
+    weight_version: str = "default"
 
     def loop(self) -> None:
         """Serve until the process is ended."""
@@ -113,24 +119,29 @@ class Scheduler:
         if plan:
             started = time.perf_counter()
             logits, requests = self.runner.run(plan)
-            sampled = self._sample(logits, requests)
-            self._store_prefills(plan)
-            for request, row in zip(requests, sampled, strict=True):
-                self._emit(request, row, rows)
-            self.statistics.step(plan, sampled, time.perf_counter() - started, self.planner)
+            if self.settings.task.kind != "generation":
+                self._store_prefills(plan)
+                self._emit_vectors(requests, logits)
+                self.statistics.step(plan, 0, time.perf_counter() - started, self.planner)
+            else:
+                sampled = self._sample(logits, requests)
+                self._store_prefills(plan)
+                for request, row in zip(requests, sampled, strict=True):
+                    self._emit(request, row, rows)
+                self.statistics.step(plan, len(sampled), time.perf_counter() - started, self.planner)
         if rows.keys:
             self.outbox.send(rows.message())
 
     def state(self) -> dict[str, Any]:
         """The scheduler's part of `/server_info`, and the counts that health and load routes need."""
-        memory = self.planner.memory
+        usage = self.planner.memory.usage()
         return self.settings.report | {
             "last_gen_throughput": self.statistics.throughput,
             "num_running_reqs": len(self.planner.running),
             "num_waiting_reqs": len(self.planner.waiting),
-            "num_used_tokens": memory.pool.size - memory.available,
-            "num_cached_tokens": memory.tree.token_count,
-            "num_free_tokens": memory.pool.free_count,
+            "num_used_tokens": usage.used,
+            "num_cached_tokens": usage.cached,
+            "num_free_tokens": usage.free,
             "num_retractions": self.planner.preemptions,
         }
 
@@ -148,6 +159,9 @@ class Scheduler:
                 return
             logger.warning("Request %s: prompt cut from %d to %d tokens", admit.rid, prompt_length, limit - 1)
             admit = msgspec.structs.replace(admit, input_ids=admit.input_ids[: 4 * (limit - 1)])
+        if (admit.vector is None) != (self.settings.task.kind == "generation"):
+            self._refuse(admit, f"This server's model is served for {self.settings.task.kind} only.", 400)
+            return
         if admit.priority is not None and self.settings.refuse_priority:
             self._refuse(admit, NO_PRIORITY, 503)
             return
@@ -245,6 +259,24 @@ class Scheduler:
             rows.add(request, row.token, logprobs=row.logprobs)
         else:
             self._end(request, row.token, finish, rows, row.logprobs)
+
+    def _emit_vectors(self, requests: list[Request], heads: Any) -> None:
+        """End the requests whose prompts are computed, row i of `heads` [R, W] being that of requests[i]."""
+        if not requests:
+            return
+        made, hidden = heads.numpy(), self.runner.program.pooled().numpy()
+        good = []
+        for i, request in enumerate(requests):
+            self._drop(request)
+            if is_finite(made[i]):
+                good.append(i)
+            else:
+                finish = Finish("abort", message=NOT_FINITE, status=500)
+                self.outbox.send(Ended(request.key, request.admit.attempt, finish, "scheduler"))
+        if good:
+            kept = [requests[i] for i in good]
+            rows = [made[i] for i in good]
+            self.outbox.send(vectors_message(kept, rows, hidden[good], self.settings.task, self.weight_version))
 
     def _end(self, request: Request, token: int, finish: Finish, rows: StepRows, logprobs: Any = None) -> None:
         self._drop(request)

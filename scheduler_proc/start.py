@@ -16,10 +16,12 @@ from engine.wire.sockets import Inbox, Outbox
 from engine.wire.to_scheduler import ToScheduler
 from scheduler_proc.kv_memory import KvMemory
 from scheduler_proc.load import Engine, load_engine, longest_request
+from scheduler_proc.memory import Memory
 from scheduler_proc.planner import Planner, PlannerLimits
 from scheduler_proc.runner import Runner
 from scheduler_proc.scheduler import Scheduler, SchedulerSettings
 from scheduler_proc.statistics import Statistics
+from scheduler_proc.step_memory import StepMemory
 
 NAME = "scheduler"
 
@@ -46,12 +48,15 @@ def main(started: float) -> None:
         inbox=inbox,
         outbox=Outbox(context, config.runtime_dir, "detokenizer"),
         statistics=Statistics(config.server.decode_log_interval),
+        weight_version=config.server.weight_version,
     )
     report_ready(context, config, NAME, engine.limits)
     scheduler.loop()
 
 
-def memory(config: RunConfig, engine: Engine) -> KvMemory:
+def memory(config: RunConfig, engine: Engine) -> Memory:
+    if engine.reads_whole:
+        return StepMemory(engine.limits.max_total_num_tokens)
     return KvMemory(engine.limits.max_total_num_tokens, reuse=not config.server.disable_radix_cache)
 
 
@@ -60,7 +65,7 @@ def planner_limits(config: RunConfig, engine: Engine) -> PlannerLimits:
     chunk = engine.limits.chunked_prefill_size
     return PlannerLimits(
         prefill_budget=chunk if chunk > 0 else server.max_prefill_tokens,
-        chunked=chunk > 0,
+        chunked=chunk > 0 and not engine.reads_whole,
         max_running=engine.limits.max_running_requests,
         max_prefills=server.prefill_max_requests,
         longest_prefix_first=server.schedule_policy == "lpm",
@@ -74,7 +79,7 @@ def settings(config: RunConfig, engine: Engine, started: float) -> SchedulerSett
     server, limits = config.server, engine.limits
     return SchedulerSettings(
         eos_ids=config.facts.eos_ids,
-        longest=longest_request(config.facts.context_length, limits.max_total_num_tokens),
+        longest=longest_request(config.facts.context_length, limits.max_total_num_tokens, engine.task),
         max_input=limits.max_req_input_len,
         max_queued=server.max_queued_requests,
         truncate=server.allow_auto_truncate,
@@ -84,6 +89,7 @@ def settings(config: RunConfig, engine: Engine, started: float) -> SchedulerSett
         running_timeout=time_limit("REQ_RUNNING_TIMEOUT"),
         strict=switch("STRICT"),
         report=report(config, engine, started),
+        task=engine.task,
     )
 
 

@@ -6,7 +6,6 @@ import logging
 from dataclasses import dataclass
 
 from scheduler_proc.planner import Extend, Planner
-from scheduler_proc.sampler import SampledRow
 
 logger = logging.getLogger(__name__)
 
@@ -24,25 +23,24 @@ class Statistics:
     _tokens: int = 0
     _seconds: float = 0.0
 
-    def step(self, plan: list[Extend], sampled: list[SampledRow], seconds: float, planner: Planner) -> None:
-        """Count one step that took `seconds`."""
+    def step(self, plan: list[Extend], sampled: int, seconds: float, planner: Planner) -> None:
+        """Count one step that took `seconds` and made `sampled` tokens."""
         prefill = sum(step.count for step in plan if step.count > 1)
         if prefill:
             logger.debug(
                 "Prefill: %d tokens of %d requests in %.1f ms, running %d, waiting %d",
                 prefill, len(plan), 1000 * seconds, len(planner.running), len(planner.waiting),
             )  # fmt: skip
-        self._tokens += len(sampled)
+        self._tokens += sampled
         self._seconds += seconds
         self._steps += 1
         if self._steps >= self.interval:
             self.throughput = self._tokens / max(self._seconds, 1e-9)
-            memory = planner.memory
+            usage = planner.memory.usage()
             logger.info(
                 "Decode: running %d, waiting %d, %.1f tok/s, KV use %.1f%% + cached %.1f%%",
                 len(planner.running), len(planner.waiting), self.throughput,
-                100 * (memory.pool.size - memory.available) / memory.pool.size,
-                100 * memory.tree.evictable_count / memory.pool.size,
+                100 * usage.used / usage.size, 100 * (usage.size - usage.used - usage.free) / usage.size,
             )  # fmt: skip
             self._steps = self._tokens = 0
             self._seconds = 0.0

@@ -155,6 +155,11 @@ def _chat_templates(folder: Path, config: dict[str, Any]) -> tuple[str | None, s
     return templates.get("default"), templates.get("tool_use")
 
 
+def read_folder_templates(folder: Path) -> tuple[str | None, str | None]:
+    """The chat templates of a folder: (default, with tools). Raises CheckpointError."""
+    return _chat_templates(folder, read_json(folder / "tokenizer_config.json"))
+
+
 class _Added(msgspec.Struct):
     id: int
     content: str

@@ -21,6 +21,8 @@ HUB_TIMEOUT = 10.0
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+){0,2}")
 _TEXT_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 _WEIGHTS = "*.safetensors"
+# The parts of a sentence-transformers model lie in folders of their own, named by modules.json.
+_PARTS = ("[0-9]*_*/config.json", "[0-9]*_*/*.safetensors")
 
 
 class DownloadError(Exception):
@@ -127,6 +129,8 @@ def model_files(repository: str, files: list[str], file_name: str | None) -> lis
     """The files of a repository that serving it takes: configs, tokenizer, and safetensors or else one .gguf model."""
     top = [file for file in files if "/" not in file]
     texts = _matching(top, _TEXT_FILES)
+    if "modules.json" in top:
+        texts += _matching(files, _PARTS)
     weights = _matching(top, (_WEIGHTS,))
     # The original weights of Mistral's repositories lie beside the converted ones, under this name.
     converted = [file for file in weights if not file.startswith("consolidated")]

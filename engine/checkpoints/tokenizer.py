@@ -7,13 +7,13 @@ import dataclasses
 from pathlib import Path
 
 from engine.checkpoints.errors import CheckpointError
-from engine.checkpoints.folder_tokenizer import load_folder_tokenizer, read_folder_eos_ids
+from engine.checkpoints.folder_tokenizer import load_folder_tokenizer, read_folder_eos_ids, read_folder_templates
 from engine.checkpoints.gguf_file import read_gguf_header
 from engine.checkpoints.gguf_tokenizer import build_gguf_tokenizer, gguf_eos_ids
 from engine.checkpoints.tokenizer_data import Tokenizer, decode, encode
 from engine.config import ModelSource
 
-__all__ = ["Tokenizer", "decode", "encode", "load_tokenizer", "read_eos_ids"]
+__all__ = ["Tokenizer", "decode", "encode", "load_tokenizer", "read_chat_template", "read_eos_ids"]
 
 
 def load_tokenizer(source: ModelSource, *, mode: str = "auto", chat_template: str | None = None) -> Tokenizer:
@@ -31,11 +31,28 @@ def load_tokenizer(source: ModelSource, *, mode: str = "auto", chat_template: st
         tokenizer = load_folder_tokenizer(path, slow=mode == "slow")
     if chat_template is None:
         return tokenizer
+    return dataclasses.replace(tokenizer, chat_template=_read_template(chat_template), tool_template=None)
+
+
+def read_chat_template(source: ModelSource, chat_template: str | None = None) -> str | None:
+    """The chat template that the tokenizer at `source` would have, without loading it; None if it has none.
+
+    chat_template: as in `load_tokenizer`. Raises CheckpointError.
+    """
+    if chat_template is not None:
+        return _read_template(chat_template)
+    path = Path(source.path)
+    if source.kind == "gguf":
+        template = read_gguf_header(path).metadata.get("tokenizer.chat_template")
+        return template if isinstance(template, str) else None
+    return read_folder_templates(path)[0]
+
+
+def _read_template(path: str) -> str:
     try:
-        text = Path(chat_template).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"chat template {chat_template!r} cannot be read: {error}") from error
-    return dataclasses.replace(tokenizer, chat_template=text, tool_template=None)
+        raise CheckpointError(f"chat template {path!r} cannot be read: {error}") from error
 
 
 def read_eos_ids(source: ModelSource) -> list[int]:

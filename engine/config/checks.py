@@ -28,7 +28,6 @@ _ONLY: tuple[tuple[str, Any, str], ...] = (
     ("disaggregation_mode", ("null",), "splitting prefill from decode is not supported; only null is"),
     ("quantization", (None,), "no method is supported; GGUF files carry their own"),
     ("device", ("auto", "cpu"), "the model runs only on the CPU so far; auto and cpu are supported"),
-    ("is_embedding", (False,), "embeddings are not built yet"),
 )  # fmt: skip
 """Field, the values that can be served, and what to say of any other."""
 

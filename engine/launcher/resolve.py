@@ -11,12 +11,16 @@ import msgspec
 from engine.checkpoints.locate import locate, locate_tokenizer
 from engine.checkpoints.model_config import ModelConfig
 from engine.checkpoints.read_config import read_model_config
-from engine.checkpoints.tokenizer import read_eos_ids
+from engine.checkpoints.task import Task, read_task
+from engine.checkpoints.tokenizer import read_chat_template, read_eos_ids
 from engine.config import ConfigError, ModelFacts, ModelSource, ServerConfig
 from engine.config.checks import SERVED_POLICIES
 from engine.config.environment import switch
+from engine.config.run import PooledFacts
 from engine.kernels.cores import physical_cores
 
+JUDGE = 'answer can only be "yes" or "no"'
+"""What the chat template of a decoder that reranks says."""
 QUANTISED_DTYPE = "bfloat16"
 _DTYPES = {"half": "float16", "float": "float32"}
 
@@ -47,13 +51,16 @@ def resolve(config: ServerConfig) -> Resolved:
             config.tokenizer_path, model, revision=config.revision, download_dir=config.download_dir
         )
     model_config = read_model_config(model, config.json_model_override_args)
-    context_length, warnings = _context_length(config, model_config)
+    task = read_task(model, model_config, is_embedding=config.is_embedding)
+    context_length, warnings = _context_length(config, model_config, task)
     facts = ModelFacts(
         architectures=[model_config.architecture],
         model_type=model_config.model_type,
         vocab_size=model_config.vocab_size,
         context_length=context_length,
         eos_ids=_eos_ids(model_config, tokenizer),
+        pooled=_pooled(task),
+        judges=tokenizer is not None and JUDGE in (read_chat_template(tokenizer, config.chat_template) or ""),
     )
     return Resolved(_filled_in(config, model, model_config, context_length), model, tokenizer, facts, warnings)
 
@@ -79,10 +86,24 @@ def _check_load_format(config: ServerConfig, model: ModelSource) -> None:
         )
 
 
-def _context_length(config: ServerConfig, model: ModelConfig) -> tuple[int, list[str]]:
+def _pooled(task: Task) -> PooledFacts | None:
+    if task.kind == "generation":
+        return None
+    return PooledFacts(
+        kind=task.kind,
+        width=task.width,
+        cross_encoder=task.cross_encoder,
+        score_activation=task.score_activation,
+        dimensions=None if task.dimensions is None else list(task.dimensions),
+    )
+
+
+def _context_length(config: ServerConfig, model: ModelConfig, task: Task) -> tuple[int, list[str]]:
     wanted, limit = config.context_length, model.context_length
-    if wanted is None or wanted <= limit:
-        return wanted or limit, []
+    if wanted is None:
+        return min(limit, task.max_length or limit), []
+    if wanted <= limit:
+        return wanted, []
     excess = f"{wanted} is more than the {limit} tokens that the model was made for"
     if not switch("ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"):
         raise ConfigError(

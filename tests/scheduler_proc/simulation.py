@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine.checkpoints.task import Task
 from engine.kernels.batch import RaggedBatch
 from engine.kernels.eager import EagerBackend
 from engine.kernels.table import Backend, Program, Rows
@@ -18,8 +19,9 @@ from engine.wire.results import Finish, TokenLogprobs
 from engine.wire.sampling import LogprobOptions, Sampling, TextOptions
 from engine.wire.to_detokenizer import NO_TOKEN, Opened, StepOutput
 from engine.wire.to_frontend import Ended
-from engine.wire.to_scheduler import Admit
+from engine.wire.to_scheduler import Admit, VectorOptions
 from scheduler_proc.kv_memory import KvMemory
+from scheduler_proc.memory import Memory
 from scheduler_proc.planner import Planner, PlannerLimits
 from scheduler_proc.runner import Runner
 from scheduler_proc.scheduler import Scheduler, SchedulerSettings
@@ -27,6 +29,7 @@ from scheduler_proc.statistics import Statistics
 
 VOCABULARY = 50
 EOS = 0
+GENERATION = Task()
 
 
 def next_token(context: list[int]) -> int:
@@ -65,6 +68,9 @@ class HashModel:
 
     def logits(self, rows: Rows) -> torch.Tensor:
         return torch.nn.functional.one_hot(self.answers[torch.from_numpy(rows)], VOCABULARY).float() * 5
+
+    def pooled(self) -> torch.Tensor:
+        raise NotImplementedError
 
 
 @dataclass
@@ -114,16 +120,18 @@ def scheduler_over(
     longest: int,
     eos_ids: list[int],
     reuse: bool = True,
+    task: Task = GENERATION,
+    memory: Memory | None = None,
     **limits: Any,
 ) -> tuple[Scheduler, Sent]:
-    """A scheduler over a program of a backend, without processes or sockets."""
+    """A scheduler over a program of a backend, without processes or sockets. memory: else a KV pool of `pool` slots."""
     sent = Sent()
     defaults: dict[str, Any] = {"prefill_budget": 16, "chunked": True, "max_running": 8}
     scheduler = Scheduler(
         settings=SchedulerSettings(
             eos_ids=eos_ids,
             longest=longest,
-            max_input=longest - 5,
+            max_input=longest - 5 if task.kind == "generation" else longest + 1,
             max_queued=None,
             truncate=False,
             refuse_priority=False,
@@ -132,8 +140,9 @@ def scheduler_over(
             running_timeout=None,
             strict=True,
             report={},
+            task=task,
         ),
-        planner=Planner(PlannerLimits(**(defaults | limits)), KvMemory(pool, reuse=reuse)),
+        planner=Planner(PlannerLimits(**(defaults | limits)), memory or KvMemory(pool, reuse=reuse)),
         runner=Runner(program, backend),
         backend=backend,
         inbox=None,  # type: ignore[arg-type]
@@ -152,6 +161,7 @@ def admit(
     logprobs: LogprobOptions | None = None,
     extra_key: str | None = None,
     priority: int | None = None,
+    vector: VectorOptions | None = None,
     **sampling: Any,
 ) -> Admit:
     return Admit(
@@ -165,6 +175,7 @@ def admit(
         logprobs=logprobs,
         extra_key=extra_key,
         priority=priority,
+        vector=vector,
     )
 
 

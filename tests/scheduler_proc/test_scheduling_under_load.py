@@ -15,7 +15,6 @@ from engine.wire.to_frontend import Flushed
 from engine.wire.to_scheduler import FlushCache
 from scheduler_proc import planner
 from scheduler_proc.kv_memory import InvariantError, KvMemory
-from scheduler_proc.sampler import SampledRow
 from scheduler_proc.statistics import Statistics
 
 
@@ -122,7 +121,7 @@ def test_throughput_counts_the_seconds_of_steps_only() -> None:
     scheduler, _, _ = simulated_scheduler(300)
     statistics = Statistics(interval=2)
     for _ in range(2):
-        statistics.step([], [SampledRow(1, None)] * 4, 0.5, scheduler.planner)
+        statistics.step([], 4, 0.5, scheduler.planner)
     assert statistics.throughput == 8.0
 
 

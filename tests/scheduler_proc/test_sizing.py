@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from engine.checkpoints.task import Task
 from engine.config import ConfigError, ServerConfig
 from scheduler_proc.load import POOL_CONTEXTS, check_fits, longest_request, pool_size
 
@@ -32,4 +33,7 @@ def test_a_pool_that_cannot_be_is_refused() -> None:
 
 
 def test_the_longest_request_fits_context_and_pool() -> None:
-    assert longest_request(1000, 5000) == 999 and longest_request(1000, 300) == 299
+    assert longest_request(1000, 5000, Task()) == 999 and longest_request(1000, 300, Task()) == 299
+    # Nothing is generated behind a text that is embedded.
+    embedding = Task(kind="embedding", width=8)
+    assert longest_request(1000, 5000, embedding) == 1000 and longest_request(1000, 300, embedding) == 300

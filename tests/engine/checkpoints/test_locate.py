@@ -96,6 +96,10 @@ def test_what_is_downloaded_of_a_repository() -> None:
     assert model_files("r", parts, None) == parts
     assert model_files("r", ["a.gguf", *parts], parts[0]) == parts
     assert tokenizer_files("r", ["a.gguf", "config.json"], None) == ["config.json", "a.gguf"]
+    sentence = ["1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors", "onnx/config.json"]
+    assert model_files("r", [*texts, *weights, *sentence], None) == texts + weights
+    modules = [*texts, "modules.json"]
+    assert model_files("r", [*modules, *weights, *sentence], None) == modules + sentence[:3] + weights
     with pytest.raises(DownloadError, match=r"2 \.gguf models; name one as r/a\.gguf"):
         model_files("r", ["a.gguf", *parts], None)
     with pytest.raises(DownloadError, match=r"no file b\.gguf; its \.gguf models: a\.gguf"):

@@ -98,7 +98,6 @@ REFUSED = {
     "--attention-backend nonsense": "triton, torch_native",
     "--grammar-backend nonsense": "xgrammar, none",
     "--served-model-name a:b": "colon",
-    "--is-embedding": "not built yet",
     "--dtype int8": "float32",
     "--log-level loud": "critical, error, warning, info, debug",
     "--port 65536": "from 0 to 65535",
@@ -208,7 +207,7 @@ def served_words(field: ConfigField) -> st.SearchStrategy[Any]:
         if field.options.choices is not None and field.name != "device":
             return st.sampled_from(field.options.choices)
         return st.just(parse_serve([f"{field.flag}={word}"]).config.__getattribute__(field.name))
-    if field.kind == "switch" and field.name != "is_embedding":
+    if field.kind == "switch":
         return st.booleans()
     if field.name in ("ssl_keyfile", "ssl_certfile", "quantization", "dist_init_addr"):
         return st.none()
