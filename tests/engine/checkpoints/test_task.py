@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Gemma3TextConfig
 
 from engine.checkpoints.errors import CheckpointError
+from engine.checkpoints.model_config import RopeConfig
 from engine.checkpoints.read_config import read_model_config
 from engine.checkpoints.sentence_transformers import DenseModule
 from engine.checkpoints.task import Task, read_task
@@ -196,6 +198,30 @@ def test_all_minilm() -> None:
 def test_configs_that_are_not_served(architecture: str, config: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=message):
         task_of(tmp_path, architecture, **config)
+
+
+@pytest.mark.parametrize("style", ["old", "new"])
+def test_gemma3_reads_as_transformers_reads_it(style: str, tmp_path: Path) -> None:
+    """Of the 4B model as it was published first (its text part), and as transformers writes it now."""
+    old = {
+        "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "hidden_size": 2560,
+        "intermediate_size": 10240, "num_attention_heads": 8, "num_hidden_layers": 34, "num_key_value_heads": 4,
+        "query_pre_attn_scalar": 168, "rope_local_base_freq": 20000, "rope_theta": 1000000, "sliding_window": 1024,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window_pattern": 5,
+    }  # fmt: skip
+    theirs = Gemma3TextConfig(**old)
+    written = old if style == "old" else {**theirs.to_dict(), "architectures": old["architectures"]}
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    ours = read_model_config(ModelSource(name="x", kind="folder", path=str(tmp_path)))
+    full, local = (theirs.rope_parameters[f"{kind}_attention"] for kind in ("full", "sliding"))
+    assert (ours.rope.theta, ours.rope.kind, ours.rope.factor) == (full["rope_theta"], "linear", 8.0)
+    assert ours.local_rope == RopeConfig(theta=local["rope_theta"]) and local["rope_theta"] == 20000
+    assert ours.layer_is_sliding == tuple(kind == "sliding_attention" for kind in theirs.layer_types)
+    assert ours.sliding_window == theirs.sliding_window and ours.head_dim == theirs.head_dim
+    assert ours.attention_scale == theirs.query_pre_attn_scalar**-0.5
+    assert ours.context_length == theirs.max_position_embeddings
+    assert (ours.hidden_act, ours.tie_embeddings) == ("gelu_pytorch_tanh", True)
+    assert (ours.bos_id, ours.eos_ids, ours.vocab_size) == (2, (1,), theirs.vocab_size)
 
 
 def test_positions_of_roberta_begin_behind_its_padding(tmp_path: Path) -> None:

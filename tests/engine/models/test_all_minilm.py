@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from backends import ISAS, backend
+from backends import BFLOAT16_ISAS, ISAS, backend
 from tiny_models import load_oracle
 from transformers import AutoModel
 from whole_texts import check_same, load, program, vectors
@@ -51,7 +51,7 @@ def test_float32(name: str) -> None:
         check_same(name, row, vectors(run, [text])[0])
 
 
-@pytest.mark.parametrize("name", ["reference", *ISAS])
+@pytest.mark.parametrize("name", ["reference", *BFLOAT16_ISAS])
 def test_bfloat16(name: str) -> None:
     texts, expected = ids_and_expected()
     found = vectors(program(load(folder(), backend(name), torch.bfloat16)), texts)

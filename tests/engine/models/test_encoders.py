@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,6 @@ POOLED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "max": lambda states: states.amax(0),
 }
 """sentence-transformers' name of a pooling → the pooled row of hidden states [T, H]."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
