@@ -18,7 +18,8 @@ struct Attention {
     int kv_heads;
     int head_dim;
     int window;  // 0: none
-    int layout;  // index of the step's layout for this window
+    bool causal;
+    int layout;  // index of the step's layout for this window, causal or not
 
     int depth() const { return static_cast<int>(round_up(head_dim, PANEL)); }
     int group() const { return heads / kv_heads; }

@@ -90,7 +90,7 @@ void share(std::vector<Decode> decodes, int start, std::vector<Span> &spans) {
 }
 
 // All tokens of a step, those together that read the same slots: tiles of runs, and decodes by what they share.
-std::vector<Span> spans_of(const Sequences &sequences, int window, int tile) {
+std::vector<Span> spans_of(const Sequences &sequences, bool causal, int window, int tile) {
     std::vector<Decode> decodes;
     std::vector<Span> spans;
     for (int s = 0; s < sequences.count; ++s) {
@@ -104,11 +104,12 @@ std::vector<Span> spans_of(const Sequences &sequences, int window, int tile) {
         }
         for (int first = 0; first < count; first += tile) {
             const int n = std::min(tile, count - first);
-            const int seen_by_first = context - count + first + 1;
+            const int seen_by_first = causal ? context - count + first + 1 : context;
+            const int seen_by_last = causal ? seen_by_first + n - 1 : context;
             const int begin = first_block_of(seen_by_first, window);
-            Span span{{}, begin, blocks_of(seen_by_first + n - 1), seen_by_first + n - 1, slots, true};
+            Span span{{}, begin, blocks_of(seen_by_last), seen_by_last, slots, true};
             for (int i = 0; i < n; ++i) {
-                span.rows.push_back({start + first + i, seen_by_first + i, -1, begin});
+                span.rows.push_back({start + first + i, causal ? seen_by_first + i : context, -1, begin});
             }
             spans.push_back(std::move(span));
         }
@@ -131,13 +132,13 @@ int run_of(const std::vector<Span> &spans, int kv_heads, int threads) {
 
 }  // namespace
 
-void AttentionLayout::plan(const Sequences &sequences, int window, int group, int kv_heads, int threads) {
+void AttentionLayout::plan(const Sequences &sequences, bool causal, int window, int group, int kv_heads, int threads) {
     rows.clear();
     items.clear();
     merged.clear();
     records = 0;
     const int tile = std::max(1, ATTENTION_ROWS / group);
-    std::vector<Span> spans = spans_of(sequences, window, tile);
+    std::vector<Span> spans = spans_of(sequences, causal, window, tile);
     const int run = run_of(spans, kv_heads, threads);
     const auto tokens_in_all = sequences.count == 0 ? 0 : sequences.query_starts[sequences.count];
     std::vector<int> record_of(static_cast<std::size_t>(tokens_in_all), -1);  // by token: spans of one token meet

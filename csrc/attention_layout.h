@@ -49,10 +49,11 @@ struct AttentionLayout {
     std::vector<MergedToken> merged;
     int records = 0;
 
-    // Lay out a step. window: keys that a token sees at most; 0: all. group: query heads per key head.
+    // Lay out a step. causal: a token sees its context up to itself; otherwise all of it, and there is no window.
+    // window: keys that a token sees at most; 0: all. group: query heads per key head.
     // How work is cut depends on the company and on `threads`; what is computed for a row does not (attention.cpp).
     // Slots of complete blocks that several decodes have in common are read by one item for all of them.
-    void plan(const Sequences &sequences, int window, int group, int kv_heads, int threads);
+    void plan(const Sequences &sequences, bool causal, int window, int group, int kv_heads, int threads);
 };
 
 }  // namespace tokenmill

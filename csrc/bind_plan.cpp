@@ -2,6 +2,7 @@
 
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/map.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
@@ -9,6 +10,7 @@
 
 #include <algorithm>
 #include <map>
+#include <optional>
 #include <stdexcept>
 
 #include "isa.h"
@@ -66,39 +68,70 @@ LayerPool pool_of(std::uintptr_t keys, std::uintptr_t values, int dtype, std::pt
             head_stride};
 }
 
-void add_linear(Plan &plan, int in, const Matrix &weights, int out, const std::string &epilogue, bool picked) {
-    const std::map<std::string, Epilogue> kinds = {
-        {"store", Epilogue::store}, {"add", Epilogue::add}, {"gate", Epilogue::gate}};
-    const auto kind = kinds.find(epilogue);
-    if (kind == kinds.end()) {
-        throw std::invalid_argument("epilogue is '" + epilogue + "'; allowed are store, add and gate");
+// The value of a name. Throws std::invalid_argument for a name that there is not.
+template <typename Value>
+Value named(const char *what, const std::string &name, const std::map<std::string, Value> &values) {
+    const auto found = values.find(name);
+    if (found != values.end()) {
+        return found->second;
     }
-    plan.add(Linear{&plan.buffer(in), &weights, &plan.buffer(out), kind->second, picked});
+    std::string allowed;
+    for (const auto &[each, _] : values) {
+        allowed += allowed.empty() ? each : ", " + each;
+    }
+    throw std::invalid_argument(std::string(what) + " is '" + name + "'; allowed are " + allowed);
 }
+
+Function function_of(const std::string &name) {
+    return named<Function>("activation", name,
+                           {{"identity", Function::identity},
+                            {"silu", Function::silu},
+                            {"gelu", Function::gelu},
+                            {"gelu_tanh", Function::gelu_tanh},
+                            {"relu", Function::relu},
+                            {"tanh", Function::tanh}});
+}
+
+void begin_head(Plan &plan, const std::string &pooling) {
+    plan.begin_head(named<Pooling>(
+        "pooling", pooling,
+        {{"row", Pooling::row}, {"first", Pooling::first}, {"mean", Pooling::mean}, {"max", Pooling::max}}));
+}
+
+void add_linear(Plan &plan, int in, const Matrix &weights, int out, const std::string &epilogue, bool picked,
+                const std::string &activation) {
+    const auto kind = named<Epilogue>(
+        "epilogue", epilogue, {{"store", Epilogue::store}, {"add", Epilogue::add}, {"gate", Epilogue::gate}});
+    plan.add(Linear{&plan.buffer(in), &weights, &plan.buffer(out), kind, function_of(activation), picked});
+}
+
+Buffer *buffer_or_none(Plan &plan, std::optional<int> index) { return index ? &plan.buffer(*index) : nullptr; }
 
 void add_attention(Plan &plan, int queries, std::uintptr_t keys, std::uintptr_t values, int dtype,
                    std::ptrdiff_t slot_stride, std::ptrdiff_t head_stride, int out, float scale, int heads,
-                   int kv_heads, int head_dim, int window) {
-    const int layout = plan.layout_of(window, heads / std::max(kv_heads, 1), kv_heads);
+                   int kv_heads, int head_dim, int window, bool causal) {
+    const int layout = plan.layout_of(causal, window, heads / std::max(kv_heads, 1), kv_heads);
     const Attention attention{&plan.buffer(queries), pool_of(keys, values, dtype, slot_stride, head_stride),
-                              &plan.buffer(out), scale * LOG2_E, heads, kv_heads, head_dim, window, layout};
+                              &plan.buffer(out), scale * LOG2_E, heads, kv_heads, head_dim, window, causal, layout};
     plan.add(Attend{attention});
     plan.add(Merge{attention});
 }
 
 void run_step(Plan &plan, Longs token_ids, Longs positions, Longs slots, Longs query_starts, Longs context_starts,
-         Longs context_slots, Longs picked) {
+         Longs context_slots, Longs picked, std::optional<Longs> type_ids) {
     Inputs inputs;
     inputs.tokens = static_cast<int>(token_ids.shape(0));
     inputs.token_ids = token_ids.data();
     inputs.positions = positions.data();
+    inputs.type_ids = type_ids ? type_ids->data() : nullptr;
     inputs.slots = slots.data();
     inputs.sequences = {static_cast<int>(query_starts.shape(0)) - 1, query_starts.data(), context_starts.data(),
                         context_slots.data()};
     inputs.picked = static_cast<int>(picked.shape(0));
     inputs.picked_rows = picked.data();
     if (inputs.sequences.count < 0 || context_starts.shape(0) != query_starts.shape(0) ||
-        positions.shape(0) != token_ids.shape(0) || slots.shape(0) != token_ids.shape(0)) {
+        positions.shape(0) != token_ids.shape(0) || slots.shape(0) != token_ids.shape(0) ||
+        (type_ids && type_ids->shape(0) != token_ids.shape(0))) {
         throw std::invalid_argument("the step's arrays disagree in length");
     }
     const nb::gil_scoped_release release;
@@ -232,8 +265,18 @@ void bind_plan(nb::module_ &module) {
             nb::arg("width"), nb::arg("dtype"))
         .def(
             "embedding",
-            [](Plan &plan, const Matrix &table, int out) { plan.add(Embedding{&table, &plan.buffer(out)}); },
-            nb::arg("table"), nb::arg("out"), nb::keep_alive<1, 2>())
+            [](Plan &plan, const Matrix &table, int out, float scale) {
+                plan.add(Embedding{&table, &plan.buffer(out), scale});
+            },
+            nb::arg("table"), nb::arg("out"), nb::arg("scale") = 1.0F, nb::keep_alive<1, 2>())
+        .def(
+            "embedding_sum",
+            [](Plan &plan, const Matrix &tokens, const Matrix &positions, const Matrix *types,
+               std::int64_t first_position, int out) {
+                plan.add(EmbeddingSum{&tokens, &positions, types, first_position, &plan.buffer(out)});
+            },
+            nb::arg("tokens"), nb::arg("positions"), nb::arg("types").none(), nb::arg("first_position"), nb::arg("out"),
+            nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>())
         .def(
             "angles",
             [](Plan &plan, std::uintptr_t inverse, int half, float factor, int cosines, int sines) {
@@ -246,28 +289,50 @@ void bind_plan(nb::module_ &module) {
                 plan.add(Norm{&plan.buffer(in), floats_at(weight), eps, &plan.buffer(out), picked});
             },
             nb::arg("input"), nb::arg("weight"), nb::arg("eps"), nb::arg("out"), nb::arg("picked"))
+        .def(
+            "add_norm",
+            [](Plan &plan, int branch, std::uintptr_t weight, float eps, int residual) {
+                plan.add(AddNorm{&plan.buffer(branch), floats_at(weight), eps, &plan.buffer(residual)});
+            },
+            nb::arg("branch"), nb::arg("weight"), nb::arg("eps"), nb::arg("residual"))
+        .def(
+            "layer_norm",
+            [](Plan &plan, int in, std::uintptr_t weight, std::uintptr_t bias, float eps, int out,
+               std::optional<int> narrowed) {
+                plan.add(LayerNorm{&plan.buffer(in), floats_at(weight), floats_at(bias), eps, &plan.buffer(out),
+                                   buffer_or_none(plan, narrowed)});
+            },
+            nb::arg("input"), nb::arg("weight"), nb::arg("bias"), nb::arg("eps"), nb::arg("out"),
+            nb::arg("narrowed").none())
+        .def(
+            "pool",
+            [](Plan &plan, int in, int out) { plan.add(Pool{&plan.buffer(in), plan.pooling(), &plan.buffer(out)}); },
+            nb::arg("input"), nb::arg("out"))
+        .def(
+            "narrow", [](Plan &plan, int in, int out) { plan.add(Narrow{&plan.buffer(in), &plan.buffer(out)}); },
+            nb::arg("input"), nb::arg("out"))
         .def("linear", &add_linear, nb::arg("input"), nb::arg("weights"), nb::arg("out"), nb::arg("epilogue"),
-             nb::arg("picked"), nb::keep_alive<1, 3>())
+             nb::arg("picked"), nb::arg("activation") = "identity", nb::keep_alive<1, 3>())
         .def(
             "rotary_store",
-            [](Plan &plan, int projections, int cosines, int sines, int queries, std::uintptr_t q_norm,
-               std::uintptr_t k_norm, float eps, std::uintptr_t keys, std::uintptr_t values, int dtype,
+            [](Plan &plan, int projections, std::optional<int> cosines, std::optional<int> sines, int queries,
+               std::uintptr_t q_norm, std::uintptr_t k_norm, float eps, std::uintptr_t keys, std::uintptr_t values, int dtype,
                std::ptrdiff_t slot_stride, std::ptrdiff_t head_stride, int heads, int kv_heads, int head_dim, int half) {
-                plan.add(RotaryStore{&plan.buffer(projections), &plan.buffer(cosines), &plan.buffer(sines),
-                                     &plan.buffer(queries), floats_at(q_norm), floats_at(k_norm), eps,
+                plan.add(RotaryStore{&plan.buffer(projections), buffer_or_none(plan, cosines),
+                                     buffer_or_none(plan, sines), &plan.buffer(queries), floats_at(q_norm), floats_at(k_norm), eps,
                                      pool_of(keys, values, dtype, slot_stride, head_stride), heads, kv_heads,
                                      head_dim, half});
             },
-            nb::arg("projections"), nb::arg("cosines"), nb::arg("sines"), nb::arg("queries"), nb::arg("q_norm"),
+            nb::arg("projections"), nb::arg("cosines").none(), nb::arg("sines").none(), nb::arg("queries"), nb::arg("q_norm"),
             nb::arg("k_norm"), nb::arg("eps"), nb::arg("keys"), nb::arg("values"), nb::arg("dtype"),
             nb::arg("slot_stride"), nb::arg("head_stride"), nb::arg("heads"), nb::arg("kv_heads"), nb::arg("head_dim"),
             nb::arg("half"))
         .def("attention", &add_attention, nb::arg("queries"), nb::arg("keys"), nb::arg("values"), nb::arg("dtype"),
              nb::arg("slot_stride"), nb::arg("head_stride"), nb::arg("out"), nb::arg("scale"), nb::arg("heads"),
-             nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("window"))
-        .def("begin_head", &Plan::begin_head)
+             nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("window"), nb::arg("causal") = true)
+        .def("begin_head", &begin_head, nb::arg("pooling") = "row")
         .def("run", &run_step, nb::arg("token_ids"), nb::arg("positions"), nb::arg("slots"), nb::arg("query_starts"),
-             nb::arg("context_starts"), nb::arg("context_slots"), nb::arg("picked"))
+             nb::arg("context_starts"), nb::arg("context_slots"), nb::arg("picked"), nb::arg("type_ids").none() = nb::none())
         .def("run_head", &run_head, nb::arg("picked"))
         .def("view", &view, nb::arg("buffer"), nb::arg("count"))
         .def("read", &read, nb::arg("buffer"), nb::arg("count"))

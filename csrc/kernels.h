@@ -80,7 +80,15 @@ struct Kernels {
     // out = x / sqrt(mean(x^2) + eps) * weight; x, weight: `padded` floats, of which `width` count.
     void (*rms_norm)(const float *x, const float *weight, float eps, int width, int padded, void *out, Dtype type);
 
-    // The same in place over a head of any width.
+    // total += x / sqrt(mean(x^2) + eps) * weight.
+    void (*add_norm)(const float *x, const float *weight, float eps, int width, int padded, float *total);
+
+    // (x - mean) / sqrt(variance + eps) * weight + bias of `width` floats, zero up to `padded`, into `out` (perhaps x
+    // itself) and, where it is not null, into `narrowed` as well.
+    void (*layer_norm)(const float *x, const float *weight, const float *bias, float eps, int width, int padded,
+                       float *out, void *narrowed, Dtype type);
+
+    // RMS norm in place over a head of any width.
     void (*head_norm)(float *head, const float *weight, float eps, int width);
 
     // Rotate channel i with channel i + half, for i < half.
@@ -89,9 +97,16 @@ struct Kernels {
     // out += x + bias (bias may be null); n a multiple of 32.
     void (*add_to)(const float *x, const float *bias, float *out, int n);
 
-    // out = silu(gate + gate_bias) * (up + up_bias), 32 values.
-    void (*gate)(const float *gate, const float *up, const float *gate_bias, const float *up_bias, void *out,
-                 Dtype type);
+    // out = function(x + bias) of `rows` rows of 32 values (bias may be null). Strides in elements.
+    void (*activate)(const float *x, std::ptrdiff_t x_stride, int rows, const float *bias, Function function, void *out,
+                     std::ptrdiff_t out_stride, Dtype type);
+
+    // out = function(gate + gate_bias) * (up + up_bias) of `rows` rows: 32 gates and 32 ups behind them.
+    void (*gate)(const float *x, std::ptrdiff_t x_stride, int rows, const float *gate_bias, const float *up_bias,
+                 Function function, void *out, std::ptrdiff_t out_stride, Dtype type);
+
+    // The mean (mean = true) or the largest of `rows` rows, at least 1, for each of n channels, n a multiple of 32.
+    void (*pool)(const float *x, std::ptrdiff_t stride, int rows, int n, bool mean, float *out);
 
     // To and from float32, any n.
     void (*narrow)(const float *x, void *out, int n, Dtype type);

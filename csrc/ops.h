@@ -7,9 +7,19 @@
 
 namespace tokenmill {
 
-// Rows of the table for the step's token ids.
+// Rows of the table for the step's token ids, times `scale`.
 struct Embedding {
     const Matrix *table;
+    Buffer *out;
+    float scale;
+};
+
+// The sum of a row of each table: by token id, by position + first_position, and by type id (types null: none).
+struct EmbeddingSum {
+    const Matrix *tokens;
+    const Matrix *positions;
+    const Matrix *types;
+    std::int64_t first_position;
     Buffer *out;
 };
 
@@ -30,6 +40,38 @@ struct Norm {
     bool picked;  // of the picked rows only, one below the other
 };
 
+// residual += the RMS norm of a branch.
+struct AddNorm {
+    const Buffer *branch;
+    const float *weight;  // padded as rows are
+    float eps;
+    Buffer *residual;
+};
+
+// `out` may be `in`; `narrowed` gets the same in its own type (null: nothing does).
+struct LayerNorm {
+    const Buffer *in;
+    const float *weight;  // padded as rows are, and so is bias
+    const float *bias;
+    float eps;
+    Buffer *out;
+    Buffer *narrowed;
+};
+
+// What the head gets of float32 rows: the picked ones (pooling row and first), or the mean or the largest of their
+// sequences.
+struct Pool {
+    const Buffer *in;
+    Pooling pooling;
+    Buffer *out;
+};
+
+// The head's rows in another type.
+struct Narrow {
+    const Buffer *in;
+    Buffer *out;
+};
+
 enum class Epilogue { store, add, gate };
 
 struct Linear {
@@ -37,12 +79,13 @@ struct Linear {
     const Matrix *weights;
     Buffer *out;
     Epilogue epilogue;
+    Function function;  // of what is stored, or of gates
     bool picked;
 };
 
 struct RotaryStore {
     const Buffer *projections;  // [tokens, (heads + 2 kv_heads) * head_dim]
-    const Buffer *cosines;
+    const Buffer *cosines;  // null, and so the sines: nothing is rotated
     const Buffer *sines;
     Buffer *queries;
     const float *q_norm;  // null: none
@@ -56,8 +99,13 @@ struct RotaryStore {
 };
 
 int chunks_of(const Embedding &op, const Inputs &inputs, int threads);
+int chunks_of(const EmbeddingSum &op, const Inputs &inputs, int threads);
 int chunks_of(const Angles &op, const Inputs &inputs, int threads);
 int chunks_of(const Norm &op, const Inputs &inputs, int threads);
+int chunks_of(const AddNorm &op, const Inputs &inputs, int threads);
+int chunks_of(const LayerNorm &op, const Inputs &inputs, int threads);
+int chunks_of(const Pool &op, const Inputs &inputs, int threads);
+int chunks_of(const Narrow &op, const Inputs &inputs, int threads);
 int chunks_of(const Linear &op, const Inputs &inputs, int threads);
 int chunks_of(const RotaryStore &op, const Inputs &inputs, int threads);
 
@@ -69,13 +117,18 @@ struct Bench {
 };
 
 void execute(const Embedding &op, const Bench &bench, int chunk, Scratch &scratch);
+void execute(const EmbeddingSum &op, const Bench &bench, int chunk, Scratch &scratch);
 void execute(const Angles &op, const Bench &bench, int chunk, Scratch &scratch);
 void execute(const Norm &op, const Bench &bench, int chunk, Scratch &scratch);
+void execute(const AddNorm &op, const Bench &bench, int chunk, Scratch &scratch);
+void execute(const LayerNorm &op, const Bench &bench, int chunk, Scratch &scratch);
+void execute(const Pool &op, const Bench &bench, int chunk, Scratch &scratch);
+void execute(const Narrow &op, const Bench &bench, int chunk, Scratch &scratch);
 void execute(const Linear &op, const Bench &bench, int chunk, Scratch &scratch);
 void execute(const RotaryStore &op, const Bench &bench, int chunk, Scratch &scratch);
 
 // Most rows of a chunk of a product, and the bytes of Scratch::tile that they need (two panels of a gated matrix). An
-// embedding needs room for a row of its table besides.
+// embedding needs room for a row of its tables besides: as it is, and as floats.
 constexpr std::size_t TILE_ROWS_MOST = 112;
 constexpr std::size_t TILE_BYTES = TILE_ROWS_MOST * 2 * PANEL * sizeof(float);
 

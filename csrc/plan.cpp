@@ -25,7 +25,9 @@ struct Overloaded : Cases... {
     using Cases::operator()...;
 };
 
-constexpr const char *NAMES[] = {"embedding", "angles", "norm", "linear", "rotary_store", "attention", "merge"};
+constexpr const char *NAMES[] = {"embedding", "embedding_sum", "angles", "norm",         "add_norm",  "layer_norm",
+                                 "pool",      "narrow",        "linear", "rotary_store", "attention", "merge"};
+static_assert(std::size(NAMES) == std::variant_size_v<Op>);
 
 }  // namespace
 
@@ -51,14 +53,14 @@ int Plan::add_buffer(int width, Dtype type) {
     return static_cast<int>(buffers_.size()) - 1;
 }
 
-int Plan::layout_of(int window, int group, int kv_heads) {
+int Plan::layout_of(bool causal, int window, int group, int kv_heads) {
     const auto known = std::find_if(windows_.begin(), windows_.end(), [&](const Window &entry) {
-        return entry.window == window && entry.group == group && entry.kv_heads == kv_heads;
+        return entry.causal == causal && entry.window == window && entry.group == group && entry.kv_heads == kv_heads;
     });
     if (known != windows_.end()) {
         return static_cast<int>(known - windows_.begin());
     }
-    windows_.push_back({window, group, kv_heads, {}});
+    windows_.push_back({causal, window, group, kv_heads, {}});
     return static_cast<int>(windows_.size()) - 1;
 }
 
@@ -75,7 +77,16 @@ void Plan::add(Op op) {
     }
     if (const auto *embedding = std::get_if<Embedding>(&op)) {
         tile_bytes_ = std::max(tile_bytes_, static_cast<std::size_t>(embedding->table->inputs()) * sizeof(float));
-        vocabulary_ = std::min(vocabulary_, embedding->table->outputs());
+        limits_.vocabulary = std::min<std::int64_t>(limits_.vocabulary, embedding->table->outputs());
+    }
+    if (const auto *sum = std::get_if<EmbeddingSum>(&op)) {
+        const auto room = 2 * static_cast<std::size_t>(sum->out->padded()) * sizeof(float);
+        tile_bytes_ = std::max(tile_bytes_, room);
+        limits_.vocabulary = std::min<std::int64_t>(limits_.vocabulary, sum->tokens->outputs());
+        limits_.positions = std::min(limits_.positions, sum->positions->outputs() - sum->first_position);
+        if (sum->types != nullptr) {
+            limits_.types = std::min<std::int64_t>(limits_.types, sum->types->outputs());
+        }
     }
     ops_.push_back(op);
     if (!in_head_) {
@@ -83,7 +94,8 @@ void Plan::add(Op op) {
     }
 }
 
-void Plan::begin_head() {
+void Plan::begin_head(Pooling pooling) {
+    pooling_ = pooling;
     in_head_ = true;
     head_ = ops_.size();
 }
@@ -98,11 +110,17 @@ void Plan::reserve() {
 }
 
 void Plan::run(const Inputs &inputs, std::int64_t slots) {
-    check(inputs, slots, vocabulary_);
+    check(inputs, slots, limits_);
+    if (pooling_ != Pooling::row) {
+        std::vector<std::int64_t> starts = whole_sequences(inputs);
+        check_whole(inputs.picked, inputs.picked_rows, starts);
+        row_starts_ = std::move(starts);
+    }
     inputs_ = inputs;
+    pick(inputs.picked, inputs.picked_rows);
     int records = 0;
     for (Window &entry : windows_) {
-        entry.layout.plan(inputs.sequences, entry.window, entry.group, entry.kv_heads, team_->threads());
+        entry.layout.plan(inputs.sequences, entry.causal, entry.window, entry.group, entry.kv_heads, team_->threads());
         records = std::max(records, entry.layout.records);
     }
     const std::size_t bytes = static_cast<std::size_t>(records) * record_floats_ * sizeof(float);
@@ -115,10 +133,26 @@ void Plan::run(const Inputs &inputs, std::int64_t slots) {
 
 void Plan::run_head(int picked, const std::int64_t *rows) {
     check_picked(picked, rows, inputs_.tokens);
-    inputs_.picked = picked;
-    inputs_.picked_rows = rows;
+    if (pooling_ != Pooling::row) {
+        check_whole(picked, rows, row_starts_);
+    }
+    pick(picked, rows);
     reserve();
     run_ops(head_, ops_.size());
+}
+
+// rows: of whole sequences, unless each row is the head's by itself.
+void Plan::pick(int picked, const std::int64_t *rows) {
+    inputs_.picked = picked;
+    inputs_.picked_rows = rows;
+    if (pooling_ == Pooling::row) {
+        return;
+    }
+    picked_starts_.clear();
+    for (int i = 0; i < picked; ++i) {
+        picked_starts_.push_back(row_starts_[static_cast<std::size_t>(rows[i])]);
+    }
+    (pooling_ == Pooling::first ? inputs_.picked_rows : inputs_.picked_starts) = picked_starts_.data();
 }
 
 void Plan::run_ops(std::size_t first, std::size_t last) {

@@ -1,7 +1,6 @@
 // A model's step, recorded once and replayed by one call.
 #pragma once
 
-#include <limits>
 #include <map>
 #include <memory>
 #include <string>
@@ -9,6 +8,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "check_ops.h"
 #include "ops.h"
 #include "team.h"
 
@@ -22,7 +22,8 @@ struct Merge {
     Attention attention;
 };
 
-using Op = std::variant<Embedding, Angles, Norm, Linear, RotaryStore, Attend, Merge>;
+using Op = std::variant<Embedding, EmbeddingSum, Angles, Norm, AddNorm, LayerNorm, Pool, Narrow, Linear, RotaryStore,
+                        Attend, Merge>;
 
 // Ops with resolved weights and buffers, in the order in which they run. The ops after `begin_head` work on the picked
 // rows of a step and may be run again for other rows of it.
@@ -33,12 +34,15 @@ class Plan {
     int add_buffer(int width, Dtype type);
     Buffer &buffer(int index) { return *buffers_.at(static_cast<std::size_t>(index)); }
 
-    // Attention is laid out once a step for each window. Returns the layout's index.
-    int layout_of(int window, int group, int kv_heads);
+    // Attention is laid out once a step for each window, causal or not. Returns the layout's index.
+    int layout_of(bool causal, int window, int group, int kv_heads);
 
     // Throws std::invalid_argument for an op that check_ops.h refuses.
     void add(Op op);
-    void begin_head();
+    // pooling: what the head gets of the sequences that end with the picked rows, which must then lie wholly in the step.
+    // With `first` it is their first rows that are picked.
+    void begin_head(Pooling pooling);
+    Pooling pooling() const { return pooling_; }
 
     // Run a step. Buffers grow to the most tokens and picked rows seen; nothing else is allocated per step but the
     // lists of attention's work. Throws std::bad_alloc, and std::invalid_argument for inputs that check_ops.h refuses.
@@ -56,6 +60,7 @@ class Plan {
 
   private:
     struct Window {
+        bool causal;
         int window;
         int group;
         int kv_heads;
@@ -67,6 +72,7 @@ class Plan {
     void run_chunk(const Op &op, int chunk, Scratch &scratch);
     void run_ops(std::size_t first, std::size_t last);
     void reserve();
+    void pick(int picked, const std::int64_t *rows);
 
     std::shared_ptr<Team> team_;
     const Kernels &kernels_;
@@ -74,7 +80,10 @@ class Plan {
     std::vector<Op> ops_;
     std::size_t head_ = 0;
     bool in_head_ = false;
-    int vocabulary_ = std::numeric_limits<int>::max();
+    Pooling pooling_ = Pooling::row;
+    Limits limits_;
+    std::vector<std::int64_t> row_starts_;     // see whole_sequences in check_ops.h
+    std::vector<std::int64_t> picked_starts_;  // of the sequences of the picked rows
     std::vector<Window> windows_;
     std::vector<Scratch> scratch_;
     std::size_t tile_bytes_ = TILE_BYTES;

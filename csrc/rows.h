@@ -117,19 +117,7 @@ inline void add_to(const float *x, const float *bias, float *out, int n) {
     }
 }
 
-inline void gate(const float *gate_row, const float *up, const float *gate_bias, const float *up_bias, void *out,
-                 Dtype type) {
-    for (int i = 0; i < PANEL; i += LANES) {
-        Vec g = load(gate_row + i);
-        Vec u = load(up + i);
-        if (gate_bias != nullptr) {
-            g = add(g, load(gate_bias + i));
-            u = add(u, load(up_bias + i));
-        }
-        const Vec sigmoid_inverse = add(fill(1.0F), exponential(subtract(zero(), g)));
-        narrow_vec(multiply(divide(g, sigmoid_inverse), u), out, i, type);
-    }
-}
+#include "activations.h"
 
 // One row of the pool as words that the packed form is made of: pairs of bf16, or floats.
 inline const std::uint32_t *row_words(HeadRows rows, std::int64_t slot, int head_dim, Dtype type, float *converted,
@@ -270,6 +258,7 @@ inline void blend(float *total, float a, const float *part, float b, int n) {
     }
 }
 
+#include "layer_rows.h"
 #include "logit_rows.h"
 
 inline Kernels table_of(const char *name, Multiply bf16_product, Few few_floats, Few few_pairs) {
@@ -278,10 +267,14 @@ inline Kernels table_of(const char *name, Multiply bf16_product, Few few_floats,
         .multiply = {&multiply_rows<FloatPanel, float>, bf16_product, &multiply_rows<HalfPanel, float>},
         .few = {few_floats, few_pairs, nullptr},
         .rms_norm = &rms_norm,
+        .add_norm = &add_norm,
+        .layer_norm = &layer_norm,
         .head_norm = &head_norm,
         .rotate = &rotate,
         .add_to = &add_to,
-        .gate = &gate,
+        .activate = &activate_rows,
+        .gate = &gate_rows,
+        .pool = &pool,
         .narrow = &narrow,
         .widen = &widen,
         .pack_keys = &pack_keys,

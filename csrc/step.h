@@ -50,15 +50,17 @@ struct LayerPool {
     std::ptrdiff_t head_stride;
 };
 
-// One step's inputs, as engine/kernels/batch.py describes them, and the rows whose logits are wanted.
+// One step's inputs, as engine/kernels/batch.py describes them, and the rows that the head is to work on.
 struct Inputs {
     int tokens = 0;
     const std::int64_t *token_ids = nullptr;
     const std::int64_t *positions = nullptr;
+    const std::int64_t *type_ids = nullptr;  // null: all 0
     const std::int64_t *slots = nullptr;
     Sequences sequences;
     int picked = 0;
     const std::int64_t *picked_rows = nullptr;
+    const std::int64_t *picked_starts = nullptr;  // where the sequence that ends with each starts; null: not pooled
 };
 
 // A thread's working memory.

@@ -10,6 +10,10 @@ namespace tokenmill {
 
 enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2 };
 
+// Functions of each entry of a product, and what a head gets of a sequence: see engine/kernels/table.py.
+enum class Function : int { identity, silu, gelu, gelu_tanh, relu, tanh };
+enum class Pooling : int { row, first, mean, max };
+
 constexpr std::size_t size_of(Dtype type) { return type == Dtype::f32 ? 4 : 2; }
 
 // Outputs that stand side by side in packed weights; row strides of buffers are multiples of it.

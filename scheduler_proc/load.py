@@ -112,7 +112,7 @@ def fill_weights(model: Model, config: RunConfig, model_config: ModelConfig) -> 
     if config.server.load_format == "dummy":
         random_weights(model.places, seed=config.server.random_seed or 0)
         return
-    reader = open_weights(config.model, model_config)
+    reader = open_weights(config.model, model_config, model.task)
     with tqdm(
         desc="Loading weights", unit="B", unit_scale=True, disable=not config.progress_bar, file=sys.stderr
     ) as bar:

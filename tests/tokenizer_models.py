@@ -92,8 +92,11 @@ def word_piece() -> Tokenizer:
     return backend
 
 
-def train_sentencepiece(folder: Path, kind: str, *, prefix: bool = True) -> Path:
-    """A folder that has only a sentencepiece `tokenizer.model`, "bpe" or "unigram", with byte fallback."""
+def train_sentencepiece(folder: Path, kind: str, *, prefix: bool = True, symbols: tuple[str, ...] = ()) -> Path:
+    """A folder that has only a sentencepiece `tokenizer.model`, "bpe" or "unigram", with byte fallback.
+
+    symbols: pieces that are matched before all others.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "corpus.txt").write_text("\n".join(line for text in CORPUS for line in text.split("\n")))
     sentencepiece.SentencePieceTrainer.train(
@@ -107,6 +110,7 @@ def train_sentencepiece(folder: Path, kind: str, *, prefix: bool = True) -> Path
         add_dummy_prefix=prefix,
         hard_vocab_limit=False,
         minloglevel=2,
+        user_defined_symbols=list(symbols),
     )
     (folder / "corpus.txt").unlink()
     (folder / "tokenizer_config.json").write_text(

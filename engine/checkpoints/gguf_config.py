@@ -16,7 +16,14 @@ from engine.checkpoints.config_fields import Fields
 from engine.checkpoints.errors import CheckpointError
 from engine.checkpoints.gguf_file import KINDS, GgufHeader
 
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
+}
+# The one Gemma 3 (27B) whose scores are scaled by another size than the head's is told by its layers.
+_GEMMA3_27B_LAYERS = 62
 ROPE_FACTORS = "rope_freqs.weight"
 
 
@@ -73,6 +80,8 @@ def config_of_gguf(files: list[tuple[Path, GgufHeader]]) -> GgufConfig:
         "dtype": _dtype(header),
         **_rope(files, fields, head_dim),
     }
+    if arch == "gemma3":
+        raw |= _gemma3(fields, raw)
     biases = {"output_bias": "blk.0.attn_output.bias" in header.tensors}
     if raw["architectures"] == ["MistralForCausalLM"]:
         biases |= {"attention_bias": raw["attention_bias"], "mlp_bias": raw["mlp_bias"]}
@@ -89,6 +98,26 @@ def _architecture(arch: str, fields: Fields, window: int) -> str:
     if arch == "llama" and window:
         return "MistralForCausalLM"
     return _ARCHITECTURES.get(arch, arch)
+
+
+def _gemma3(fields: Fields, raw: dict[str, Any]) -> dict[str, Any]:
+    """What a config.json of Gemma 3 says beside other families', and what its metadata leaves to llama.cpp."""
+    layers = raw["num_hidden_layers"]
+    pattern = fields.raw.get("attention.sliding_window_pattern", 6)
+    if isinstance(pattern, list):
+        sliding = [bool(entry) for entry in pattern]
+    else:
+        period = fields.positive("attention.sliding_window_pattern", 6)
+        sliding = [raw["sliding_window"] is not None and number % period < period - 1 for number in range(layers)]
+    size = raw["hidden_size"] // raw["num_attention_heads"] if layers == _GEMMA3_27B_LAYERS else raw["head_dim"]
+    return {
+        "model_type": "gemma3_text",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": size,
+        "layer_types": ["sliding_attention" if windowed else "full_attention" for windowed in sliding],
+        "rope_local_base_freq": _as_written(fields.positive_number("rope.freq_base_swa", 10000.0)),
+        "final_logit_softcapping": fields.number_or_none("final_logit_softcapping") or None,
+    }
 
 
 def _vocab_size(header: GgufHeader, fields: Fields) -> int:

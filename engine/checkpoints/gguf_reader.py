@@ -34,10 +34,17 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+# Gemma's blocks have norms on both sides, and one name means another norm than elsewhere.
+_GEMMA3_NAMES = {
+    **_LAYER_NAMES,
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
 _NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<stem>\w+)\.(?P<suffix>weight|bias)")
 
 
-def hugging_face_name(ggml_name: str) -> str:
+def hugging_face_name(ggml_name: str, arch: str) -> str:
     """`blk.3.attn_q.weight` → `model.layers.3.self_attn.q_proj.weight`; names that are not known stay as they are."""
     match = _NAME.fullmatch(ggml_name)
     if match is None:
@@ -45,17 +52,22 @@ def hugging_face_name(ggml_name: str) -> str:
     layer, stem, suffix = match["layer"], match["stem"], match["suffix"]
     if layer is None:
         return f"{_GLOBAL_NAMES[stem]}.{suffix}" if stem in _GLOBAL_NAMES else ggml_name
-    return f"model.layers.{int(layer)}.{_LAYER_NAMES[stem]}.{suffix}" if stem in _LAYER_NAMES else ggml_name
+    names = _GEMMA3_NAMES if arch == "gemma3" else _LAYER_NAMES
+    return f"model.layers.{int(layer)}.{names[stem]}.{suffix}" if stem in names else ggml_name
 
 
 @dataclass(frozen=True)
 class _Source:
-    """head_rows: rows of a head, where the file has them in ggml's rotary order; None: rows are as they should."""
+    """head_rows: rows of a head, where the file has them in ggml's rotary order; None: rows are as they should.
+
+    offset: what the file's values have more than Hugging Face's.
+    """
 
     file: MappedFile
     where: str
     tensor: GgufTensor
     head_rows: int | None
+    offset: float
 
 
 class GgufReader:
@@ -75,17 +87,18 @@ class GgufReader:
                     f"metadata, but part {number} of {len(files)} by its name"
                 )
             if number == 0:
-                permuted = header.metadata.get("general.architecture") == "llama"
+                arch = str(header.metadata.get("general.architecture"))
             mapped = MappedFile(file) if header.tensors else None
             for name, tensor in header.tensors.items():
                 if name == ROPE_FACTORS or mapped is None:
                     continue
                 # llama.cpp's rotary embedding turns neighbours, transformers' the two halves of a head; files of this
                 # one architecture have the rows of q and k reordered so that both mean the same.
-                rotary = permuted and re.search(r"\.attn_[qk]\.(weight|bias)$", name) is not None
-                self._add(
-                    hugging_face_name(name), _Source(mapped, str(file), tensor, config.head_dim if rotary else None)
-                )
+                rotary = arch == "llama" and re.search(r"\.attn_[qk]\.(weight|bias)$", name) is not None
+                # Gemma's norms scale by 1 + weight, and its files hold that sum.
+                offset = 1.0 if arch == "gemma3" and name.endswith("norm.weight") else 0.0
+                source = _Source(mapped, str(file), tensor, config.head_dim if rotary else None, offset)
+                self._add(hugging_face_name(name, arch), source)
 
     def _add(self, name: str, source: _Source) -> None:
         if name in self._sources:
@@ -112,7 +125,8 @@ class GgufReader:
             if encoded.shape[0] > scratch.shape[0]:
                 scratch = torch.empty((encoded.shape[0], columns))
             values = _decoded(source, encoded, scratch[: encoded.shape[0]])
-            yield start * entries, values.view(-1, *tensor.shape[1:])
+            values = values.view(-1, *tensor.shape[1:])
+            yield start * entries, values - source.offset if source.offset else values
             if order is None:
                 source.file.forget(tensor.offset + start * data.shape[1], encoded.numel())
         source.file.forget(tensor.offset, tensor.size)

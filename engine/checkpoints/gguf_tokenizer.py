@@ -24,6 +24,8 @@ _CONTROL = 3
 _USER_DEFINED = 4
 
 _STOP_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+# Many files of Gemma 3 name no end of a turn; this token is it.
+_GEMMA_TURN = "<end_of_turn>"
 _ROLE_KEYS = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
@@ -66,8 +68,11 @@ def build_gguf_tokenizer(metadata: dict[str, Any], path: Path) -> Tokenizer:
 
 def gguf_eos_ids(metadata: dict[str, Any]) -> list[int]:
     """The ids that end a generation: end of sequence, of turn, of message; ascending."""
-    values = (metadata.get(f"tokenizer.ggml.{key}") for key in _STOP_KEYS)
-    return sorted({value for value in values if isinstance(value, int)})
+    values = {metadata.get(f"tokenizer.ggml.{key}") for key in _STOP_KEYS}
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if metadata.get("general.architecture") == "gemma3" and isinstance(tokens, list) and _GEMMA_TURN in tokens:
+        values.add(tokens.index(_GEMMA_TURN))
+    return sorted(value for value in values if isinstance(value, int))
 
 
 class _Metadata:
@@ -187,10 +192,13 @@ def _merges_from_scores(vocab: dict[str, int], reader: _Metadata) -> list[tuple[
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, reader: _Metadata, *, unknown_too: bool) -> None:
-    """Control tokens are special; user-defined ones are matched whole in the text, but are text."""
+    """Control tokens are special; user-defined ones are matched whole in the text, but are text.
+
+    Where these have blanks as sentencepiece writes them (Gemma's runs of blanks), the text is matched in that form.
+    """
     special = {_CONTROL, _UNKNOWN} if unknown_too else {_CONTROL}
     tokens = [
-        AddedToken(text, special=kind in special, normalized=False)
+        AddedToken(text, special=kind in special, normalized=kind == _USER_DEFINED and unknown_too and "▁" in text)
         for text, kind in zip(reader.tokens, reader.types, strict=True)
         if (kind in special or kind == _USER_DEFINED) and text
     ]

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from engine.checkpoints.architectures import about, canonical_name
 from engine.checkpoints.errors import CheckpointError
 from engine.checkpoints.gguf_reader import GgufReader
 from engine.checkpoints.model_config import ModelConfig
 from engine.checkpoints.safetensors_reader import SafetensorsReader
+from engine.checkpoints.task import Task
 from engine.checkpoints.weights import Place, WeightReader, row_ranges
 from engine.config import ModelSource
 
@@ -22,11 +25,42 @@ _SHOWN = 8
 _RANDOM_BOUND = 0.02 * 3**0.5
 
 
-def open_weights(source: ModelSource, config: ModelConfig) -> WeightReader:
-    """Open a checkpoint's weights; no tensor is read yet. Raises CheckpointError."""
+def open_weights(source: ModelSource, config: ModelConfig, task: Task | None = None) -> WeightReader:
+    """Open a checkpoint's weights under the names that the model of `config` knows them by; no tensor is read yet.
+
+    task: with it, also the weights of the dense modules behind the model. Raises CheckpointError.
+    """
     if source.kind == "gguf":
         return GgufReader(Path(source.path), config)
-    return SafetensorsReader(Path(source.path))
+    folder = Path(source.path)
+    main = SafetensorsReader(folder)
+    prefix = about(config.architecture).prefix
+    bare = is_bare(main.shapes(), prefix)
+    found = {canonical_name(name, prefix, bare=bare): (main, name) for name in main.shapes()}
+    for module in task.dense if task is not None else ():
+        reader = SafetensorsReader(folder / module.path)
+        found |= {f"{module.path}.{name}": (reader, name) for name in reader.shapes()}
+    return RenamedReader(found)
+
+
+def is_bare(names: Iterable[str], prefix: str) -> bool:
+    """Whether a checkpoint was saved from the base model alone, so that its names lack the base model's prefix."""
+    return not any(name.startswith(prefix) for name in names)
+
+
+@dataclass(frozen=True)
+class RenamedReader:
+    """Tensors of several readers under other names: name → where it lies under which name."""
+
+    tensors: Mapping[str, tuple[WeightReader, str]]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = {id(reader): reader.shapes() for reader, _ in self.tensors.values()}
+        return {name: shapes[id(reader)][own] for name, (reader, own) in self.tensors.items()}
+
+    def pieces(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+        reader, own = self.tensors[name]
+        return reader.pieces(own)
 
 
 def load_weights(
@@ -100,7 +134,7 @@ def random_weights(places: Mapping[str, Place], seed: int) -> None:
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
         for start, stop in row_ranges(place.shape):
             rows = torch.empty((stop - start, *place.shape[1:]), dtype=torch.float32)
-            if name.endswith("norm.weight"):
+            if name.lower().endswith("norm.weight"):
                 rows.fill_(1.0)
             else:
                 # One draw an element, in the order of the elements: how they are cut into pieces makes no difference.

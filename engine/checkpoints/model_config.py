@@ -31,13 +31,29 @@ class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
     frequency_factors: tuple[float, ...] | None = None
 
 
+class EncoderConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What an encoder (BERT, RoBERTa) has that decoders have not.
+
+    positions: rows of its table of positions; the first token of a text has row `first_position`.
+    type_vocab_size: kinds of segments; 0: it tells none apart.
+    """
+
+    layer_norm_eps: float
+    positions: int
+    first_position: int
+    type_vocab_size: int
+
+
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Hyperparameters of a decoder model.
+    """Hyperparameters of a model; of an encoder, `rope` and `rotary_dim` mean nothing.
 
     intermediate_size: width of the MLP. rotary_dim: leading part of a head that is rotated.
     attention_bias: q, k and v projections have a bias; output_bias: so has o; mlp_bias: so have the MLP's.
     sliding_window: a token sees itself and this many tokens less one before it, in the layers where
     `layer_is_sliding` is true; None: no layer has a window.
+    local_rope: the rotary embedding of layers with a window, where it is another than `rope`.
+    attention_scale: of the scores before the softmax; None: head_dim ** -0.5.
+    causal: a token sees those before it only; a decoder that was made to embed may see all.
     dtype: the checkpoint's own ("float32", "float16", "bfloat16"), None where it has none (GGUF).
     eos_ids: from config.json and generation_config.json (or the GGUF metadata), ascending.
     raw: the config as read, overrides applied, for what is not named here.
@@ -67,3 +83,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     bos_id: int | None
     eos_ids: tuple[int, ...]
     raw: dict[str, Any]
+    local_rope: RopeConfig | None = None
+    attention_scale: float | None = None
+    causal: bool = True
+    encoder: EncoderConfig | None = None

@@ -12,12 +12,15 @@ from typing import Any
 
 import msgspec
 
+from engine.checkpoints.architectures import ENCODERS, about
 from engine.checkpoints.config_fields import Fields
 from engine.checkpoints.errors import CheckpointError
 from engine.checkpoints.gguf_config import config_of_gguf
 from engine.checkpoints.gguf_file import read_gguf_header
 from engine.checkpoints.gguf_split import split_files
 from engine.checkpoints.model_config import ModelConfig
+from engine.checkpoints.read_encoder import ENCODER_DEFAULTS, read_encoder
+from engine.checkpoints.read_gemma import GEMMA3_DEFAULTS, gemma3_fields, gemma3_sliding
 from engine.checkpoints.read_rope import context_length, read_rope
 from engine.config import ModelSource
 
@@ -27,6 +30,10 @@ _ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "mistral": "MistralForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "bert": "BertModel",
+    "roberta": "RobertaModel",
+    "xlm-roberta": "XLMRobertaModel",
 }
 _LLAMA_DEFAULTS: dict[str, Any] = {
     "vocab_size": 32000,
@@ -53,7 +60,7 @@ _QWEN2_DEFAULTS: dict[str, Any] = {
     "sliding_window": 4096,
     "max_window_layers": 28,
 }
-# What a key that is missing from config.json means, by architecture. A key that is there and null is another matter:
+# What a key that is missing from config.json means, by family. A key that is there and null is another matter:
 # it means what the code below says.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": _LLAMA_DEFAULTS,
@@ -66,6 +73,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 131072,
         "sliding_window": 4096,
     },
+    "Gemma3ForCausalLM": GEMMA3_DEFAULTS,
+    **ENCODER_DEFAULTS,
 }
 
 
@@ -118,28 +127,32 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _model_config(source: ModelSource, raw: dict[str, Any], generation: dict[str, Any]) -> ModelConfig:
     where = str(Path(source.path) / "config.json") if source.kind == "folder" else source.path
     architecture = _architecture(where, raw)
-    fields = Fields(where, architecture, raw, _DEFAULTS.get(architecture, {}))
+    fields = Fields(where, architecture, raw, _DEFAULTS.get(about(architecture).family, {}))
     try:
         return _read_fields(fields, generation)
     except CheckpointError as error:
-        if architecture in _DEFAULTS:
+        if about(architecture).family in _DEFAULTS:
             raise
         raise CheckpointError(f"{error} (known architectures are {', '.join(_DEFAULTS)})") from None
 
 
 def _read_fields(fields: Fields, generation: dict[str, Any]) -> ModelConfig:
     where, architecture, raw = fields.where, fields.architecture, fields.raw
+    family = about(architecture).family
     if raw.get("quantization_config") is not None:
         raise CheckpointError(f"{where}: quantization_config is set; quantised weights are served from GGUF files only")
+    if family in ENCODERS:
+        return read_encoder(fields, family, _dtype(fields), _eos_ids(fields, generation))
     hidden_size = fields.positive("hidden_size")
     num_heads = fields.positive("num_attention_heads")
     num_kv_heads = fields.positive("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
         raise fields.error("num_key_value_heads", f"a divisor of num_attention_heads ({num_heads})")
     head_dim = fields.positive("head_dim", fields.defaults.get("head_dim") or hidden_size // num_heads)
-    rope, rotary_dim = read_rope(fields, head_dim)
-    sliding_window, layer_is_sliding = _sliding(fields, architecture, fields.positive("num_hidden_layers"))
-    attention_bias, output_bias, mlp_bias = _biases(fields, architecture)
+    own = gemma3_fields(fields) if family == "Gemma3ForCausalLM" else {}
+    rope, rotary_dim = read_rope(own.pop("rope_fields", fields), head_dim)
+    sliding_window, layer_is_sliding = _sliding(fields, family, fields.positive("num_hidden_layers"))
+    attention_bias, output_bias, mlp_bias = _biases(fields, family)
     vocab_size = fields.positive("vocab_size")
     return ModelConfig(
         architecture=architecture,
@@ -152,9 +165,9 @@ def _read_fields(fields: Fields, generation: dict[str, Any]) -> ModelConfig:
         rotary_dim=rotary_dim,
         intermediate_size=fields.positive("intermediate_size"),
         vocab_size=vocab_size,
-        context_length=context_length(fields),
+        context_length=own.pop("context_length", None) or context_length(fields),
         rms_norm_eps=fields.positive_number("rms_norm_eps"),
-        hidden_act=fields.text("hidden_act"),
+        hidden_act=own.pop("hidden_act", None) or fields.text("hidden_act"),
         rope=rope,
         tie_embeddings=fields.flag("tie_word_embeddings", False),
         attention_bias=attention_bias,
@@ -166,6 +179,8 @@ def _read_fields(fields: Fields, generation: dict[str, Any]) -> ModelConfig:
         bos_id=next(iter(fields.token_ids("bos_token_id")), None),
         eos_ids=_eos_ids(fields, generation),
         raw=raw,
+        causal=fields.flag("is_causal", True),
+        **own,
     )
 
 
@@ -179,7 +194,10 @@ def _architecture(where: str, raw: dict[str, Any]) -> str:
         return _ARCHITECTURES.get(model_type, model_type)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{where}: architectures is {names!r}, not a list of names")
-    return next((name for name in names if name in _DEFAULTS), str(names[0]))
+    return next((name for name in names if about(name).family in _DEFAULTS), str(names[0]))
+
+
+_NO_MLP_BIAS = ("Qwen3ForCausalLM", "Gemma3ForCausalLM")
 
 
 def _biases(fields: Fields, architecture: str) -> tuple[bool, bool, bool]:
@@ -189,7 +207,7 @@ def _biases(fields: Fields, architecture: str) -> tuple[bool, bool, bool]:
     if architecture == "MistralForCausalLM":
         return False, False, False
     attention = fields.flag("attention_bias", False)
-    return attention, attention, architecture != "Qwen3ForCausalLM" and fields.flag("mlp_bias", False)
+    return attention, attention, architecture not in _NO_MLP_BIAS and fields.flag("mlp_bias", False)
 
 
 def _sliding(fields: Fields, architecture: str, num_layers: int) -> tuple[int | None, tuple[bool, ...]]:
@@ -203,6 +221,8 @@ def _sliding(fields: Fields, architecture: str, num_layers: int) -> tuple[int | 
     if architecture == "MistralForCausalLM":
         window = fields.positive_or_none("sliding_window")
         return window, (window is not None,) * num_layers
+    if architecture == "Gemma3ForCausalLM":
+        return gemma3_sliding(fields, num_layers)
     if architecture not in ("Qwen2ForCausalLM", "Qwen3ForCausalLM"):
         return None, nowhere
     window = fields.positive_or_none("sliding_window") if fields.flag("use_sliding_window", False) else None

@@ -13,7 +13,7 @@ from engine.checkpoints.errors import CheckpointError
 from engine.checkpoints.model_config import RopeConfig
 
 _KINDS = ("default", "linear", "llama3", "yarn")
-_LAYER_TYPES = ("full_attention", "sliding_attention")
+LAYER_TYPES = ("full_attention", "sliding_attention")
 _DEFAULT_THETA = 10000.0
 
 
@@ -76,7 +76,7 @@ def _rope_fields(fields: Fields) -> Fields:
     if not isinstance(given, dict):
         raise fields.error(key, "an object")
     where = f"{fields.where}: {key}"
-    nested = {name: value for name, value in given.items() if name in _LAYER_TYPES}
+    nested = {name: value for name, value in given.items() if name in LAYER_TYPES}
     if nested:
         given = _the_one_rope(fields, key, nested)
     given = dict(given)
@@ -91,7 +91,7 @@ def _rope_fields(fields: Fields) -> Fields:
 def _the_one_rope(fields: Fields, key: str, nested: dict[str, Any]) -> dict[str, Any]:
     """The parameters that all layer types in use share; layers that differ are refused, as no family here has them."""
     used = set(fields.raw.get("layer_types") or ()) & nested.keys() or nested.keys()
-    values = [nested[name] for name in _LAYER_TYPES if name in used]
+    values = [nested[name] for name in LAYER_TYPES if name in used]
     if not all(isinstance(value, dict) for value in values):
         raise fields.error(key, "an object for each layer type")
     if any(value != values[0] for value in values):

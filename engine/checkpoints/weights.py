@@ -67,6 +67,44 @@ class TensorPlace:
         target.narrow(0, start, rows.shape[0]).copy_(rows)
 
 
+@dataclass(frozen=True, eq=False)
+class OffsetPlace:
+    """A Place of weights to which a model adds a constant each time it uses them: they are kept with it added."""
+
+    inner: Place
+    offset: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.inner.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.inner.nbytes
+
+    def write(self, start: int, rows: torch.Tensor) -> None:
+        self.inner.write(start, rows.float() + self.offset)
+
+
+@dataclass(frozen=True, eq=False)
+class RepeatedPlace:
+    """A Place of a tensor that a model holds several times."""
+
+    parts: tuple[Place, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.parts[0].shape
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    def write(self, start: int, rows: torch.Tensor) -> None:
+        for part in self.parts:
+            part.write(start, rows)
+
+
 class WeightReader(Protocol):
     """The tensors of a checkpoint under their Hugging Face names, whatever file they lie in."""
 

@@ -13,7 +13,7 @@ from engine.kernels import _cpu
 from engine.kernels.batch import RaggedBatch
 from engine.kernels.kv_cache import KvCache
 from engine.kernels.packed import PackedMatrix, packed_matrix
-from engine.kernels.record import PANEL, Recorder
+from engine.kernels.record import PANEL, WIDE, Recorder
 from engine.kernels.table import Doubles, Floats, Logprobs, Longs, Ops, Pooling, Rows
 
 EMPTY = RaggedBatch(
@@ -28,13 +28,18 @@ EMPTY = RaggedBatch(
 """What a model's step is recorded with: of a batch it only passes on what ops take."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(slots=True)
 class PlanProgram:
-    """A recorded plan. recorder: keeps alive what the plan points to. logits_buffer: where its logits are."""
+    """A recorded plan. recorder: keeps alive what the plan points to. made_buffer: where what the head makes is.
+
+    given_buffer: what the head was given. given: how many rows of it.
+    """
 
     plan: _cpu.Plan
     recorder: Recorder
-    logits_buffer: int
+    made_buffer: int
+    given_buffer: int
+    given: int = 0
 
     def run(self, batch: RaggedBatch, rows: Rows) -> torch.Tensor:
         self.plan.run(
@@ -45,15 +50,20 @@ class PlanProgram:
             np.array(batch.context_starts, np.int64),
             batch.context_slots.numpy(),
             rows,
+            None if batch.type_ids is None else batch.type_ids.numpy(),
         )
-        return torch.from_numpy(self.plan.view(self.logits_buffer, len(rows)))
+        return self._made(len(rows))
 
     def logits(self, rows: Rows) -> torch.Tensor:
         self.plan.run_head(rows)
-        return torch.from_numpy(self.plan.view(self.logits_buffer, len(rows)))
+        return self._made(len(rows))
 
     def pooled(self) -> torch.Tensor:
-        raise NotImplementedError
+        return torch.from_numpy(self.plan.read(self.given_buffer, self.given))
+
+    def _made(self, rows: int) -> torch.Tensor:
+        self.given = rows
+        return torch.from_numpy(self.plan.view(self.made_buffer, rows))
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,8 +103,9 @@ class CpuBackend:
         plan = _cpu.Plan(self.team, self.isa)
         recorder = Recorder(plan, dtype)
         ops = cast(Ops, recorder)
-        logits = head(ops, step(ops, EMPTY, cache))
-        return PlanProgram(plan, recorder, logits.buffer)
+        made = head(ops, recorder.begin_head(step(ops, EMPTY, cache), pooling))
+        given = recorder.picked.get(WIDE) or recorder.picked[recorder.narrow]
+        return PlanProgram(plan, recorder, made.buffer, given.buffer)
 
     def best(self, logits: torch.Tensor) -> tuple[Longs, Floats]:
         ids, peaks = np.empty(len(logits), np.int64), np.empty(len(logits), np.float32)

@@ -16,7 +16,7 @@ from engine.kernels import _cpu
 from engine.kernels.batch import RaggedBatch
 from engine.kernels.packed import DTYPES, PackedMatrix
 from engine.kernels.table import Activation as Function
-from engine.kernels.table import RotaryFrequencies
+from engine.kernels.table import Pooling, RotaryFrequencies
 
 WIDE = DTYPES[torch.float32]
 PANEL = 32
@@ -31,12 +31,21 @@ class Activation:
     width: int
 
 
+@dataclass(frozen=True)
+class Stream:
+    """The residual stream behind a layer norm: in float32, and as products want it."""
+
+    wide: Activation
+    narrow: Activation
+
+
 @dataclass(frozen=True, eq=False)
 class Product:
     """A product that is not recorded yet: where it goes depends on who takes it."""
 
     source: Activation
     weight: PackedMatrix
+    activation: Function
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,23 +57,41 @@ class Normed:
     eps: float
 
 
+@dataclass(frozen=True, eq=False)
+class Picked:
+    """The rows that a head gets, not recorded yet: picked or pooled float32 rows, or the norm of picked ones."""
+
+    source: Activation | Normed
+
+
 @dataclass(frozen=True)
 class Rotary:
-    """The buffers of a step's cosines and sines, each of `half` channels."""
+    """The buffers of a step's cosines and sines, each of `half` channels; none where nothing is rotated."""
 
-    cosines: int
-    sines: int
+    cosines: int | None
+    sines: int | None
     half: int
+
+
+@dataclass(frozen=True)
+class Step:
+    rotaries: tuple[Rotary, ...]
+    causal: bool
 
 
 @dataclass(eq=False)
 class Recorder:
-    """Records ops into `plan`. dtype: the weights'. kept: tensors whose memory the plan points to."""
+    """Records ops into `plan`. dtype: the weights'. kept: tensors whose memory the plan points to.
+
+    picked: by dtype, the head's rows as far as they are recorded.
+    """
 
     plan: _cpu.Plan
     dtype: torch.dtype
     kept: list[Any] = field(default_factory=list)
     buffers: dict[tuple[str, int, int], int] = field(default_factory=dict)
+    picked: dict[int, Activation] = field(default_factory=dict)
+    in_head: bool = False
 
     @property
     def narrow(self) -> int:
@@ -79,37 +106,90 @@ class Recorder:
         windows: tuple[int | None, ...],
         *,
         causal: bool = True,
-    ) -> Rotary:
-        (rotary,) = rotaries
-        half = len(rotary.inverse)
-        step = Rotary(self._buffer("cosines", half, WIDE), self._buffer("sines", half, WIDE), half)
-        self.plan.angles(self._address(rotary.inverse), half, rotary.factor, step.cosines, step.sines)
-        return step
+    ) -> Step:
+        made = []
+        for number, rotary in enumerate(rotaries):
+            half = len(rotary.inverse)
+            cosines, sines = (self._buffer(f"{role} {number}", half, WIDE) for role in ("cosines", "sines"))
+            self.plan.angles(self._address(rotary.inverse), half, rotary.factor, cosines, sines)
+            made.append(Rotary(cosines, sines, half))
+        return Step(tuple(made), causal)
 
     def embedding(self, token_ids: Any, weight: PackedMatrix, scale: float = 1.0) -> Activation:
         out = Activation(self._buffer("residual", weight.inputs, WIDE), weight.inputs)
-        self.plan.embedding(weight.packed, out.buffer)
+        self.plan.embedding(weight.packed, out.buffer, scale)
         return out
 
-    def linear(self, x: Activation | Normed, weight: PackedMatrix, activation: Function = "identity") -> Product:
-        return Product(self._settled(x), weight)
+    def embedding_sum(
+        self,
+        batch: RaggedBatch,
+        tokens: PackedMatrix,
+        positions: PackedMatrix,
+        types: PackedMatrix | None,
+        first_position: int,
+    ) -> Activation:
+        out = Activation(self._buffer("residual", tokens.inputs, WIDE), tokens.inputs)
+        told = None if types is None else types.packed
+        self.plan.embedding_sum(tokens.packed, positions.packed, told, first_position, out.buffer)
+        return out
 
-    def gated_linear(self, x: Activation | Normed, weight: PackedMatrix, activation: Function = "silu") -> Activation:
+    def linear(
+        self,
+        x: Activation | Stream | Normed | Product | Picked,
+        weight: PackedMatrix,
+        activation: Function = "identity",
+    ) -> Product:
+        return Product(self._settled(x), weight, activation)
+
+    def gated_linear(
+        self,
+        x: Activation | Stream | Normed | Product | Picked,
+        weight: PackedMatrix,
+        activation: Function = "silu",
+    ) -> Activation:
+        source = self._settled(x)
         out = Activation(self._buffer("gated", weight.outputs // 2, self.narrow), weight.outputs // 2)
-        self.plan.linear(self._settled(x).buffer, weight.packed, out.buffer, "gate", False)
+        self.plan.linear(source.buffer, weight.packed, out.buffer, "gate", self.in_head, activation)
         return out
 
     def rms_norm(
-        self, x: Activation | Product, residual: Activation | None, weight: torch.Tensor, eps: float
+        self, x: Activation | Product | Normed, residual: Activation | None, weight: torch.Tensor, eps: float
     ) -> tuple[Normed, Activation]:
-        if isinstance(x, Product):
+        if isinstance(x, Normed):
             if residual is None:
-                raise TypeError("a product is normed only together with the residual stream that it is added to")
-            self.plan.linear(x.source.buffer, x.weight.packed, residual.buffer, "add", False)
+                raise TypeError("the norm of a branch is normed only together with the residual stream")
+            self.plan.add_norm(x.source.buffer, self._address(x.weight), x.eps, residual.buffer)
             return Normed(residual, weight, eps), residual
+        if isinstance(x, Product):
+            total = self._stored(x, "branch", WIDE) if residual is None else self._added(x, residual)
+            return Normed(total, weight, eps), total
         if residual is not None:
-            raise TypeError("only a product can be added to the residual stream")
+            raise TypeError("only a product, or the norm of one, can be added to the residual stream")
         return Normed(x, weight, eps), x
+
+    def layer_norm(
+        self,
+        x: Activation | Product,
+        residual: Activation | Stream | None,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        eps: float,
+    ) -> Stream:
+        total = residual.wide if isinstance(residual, Stream) else residual
+        if isinstance(x, Product):
+            total = self._stored(x, "residual", WIDE) if total is None else self._added(x, total)
+        elif total is not None:
+            raise TypeError("only a product can be added to the residual stream")
+        else:
+            total = x
+        narrow = total
+        if self.narrow != WIDE:
+            narrow = Activation(self._buffer("normed", total.width, self.narrow), total.width)
+        self.plan.layer_norm(
+            total.buffer, self._address(weight), self._address(bias), eps, total.buffer,
+            None if narrow is total else narrow.buffer,
+        )  # fmt: skip
+        return Stream(total, narrow)
 
     def rotary_store(
         self,
@@ -120,20 +200,20 @@ class Recorder:
         keys: torch.Tensor,
         values: torch.Tensor,
         rotary: int | None,
-        step: Rotary,
+        step: Step,
     ) -> Activation:
         kv_heads, _, head_dim = keys.shape
         heads = qkv.weight.outputs // head_dim - 2 * kv_heads
-        projections = self._buffer("qkv", qkv.weight.outputs, WIDE)
-        self.plan.linear(qkv.source.buffer, qkv.weight.packed, projections, "store", False)
+        projections = self._stored(qkv, "qkv", WIDE)
         # Products with a pool of another type than bfloat16 are computed in float32.
         kind = self.narrow if keys.dtype == self.dtype else WIDE
         padded = -(-head_dim // PANEL) * PANEL
         queries = Activation(self._buffer("queries", heads * padded, kind), heads * padded)
         norms = [0 if norm is None else self._address(norm) for norm in (q_norm, k_norm)]
+        turn = Rotary(None, None, 0) if rotary is None else step.rotaries[rotary]
         self.plan.rotary_store(
-            projections, step.cosines, step.sines, queries.buffer, norms[0], norms[1], eps,
-            *self._pool(keys, values), heads, kv_heads, head_dim, step.half,
+            projections.buffer, turn.cosines, turn.sines, queries.buffer, norms[0], norms[1], eps,
+            *self._pool(keys, values), heads, kv_heads, head_dim, turn.half,
         )  # fmt: skip
         return queries
 
@@ -144,35 +224,84 @@ class Recorder:
         values: torch.Tensor,
         scale: float,
         window: int | None,
-        step: Rotary,
+        step: Step,
     ) -> Activation:
         kv_heads, _, head_dim = keys.shape
         heads = queries.width // (-(-head_dim // PANEL) * PANEL)
         out = Activation(self._buffer("attended", heads * head_dim, self.narrow), heads * head_dim)
         self.plan.attention(
-            queries.buffer, *self._pool(keys, values), out.buffer, scale, heads, kv_heads, head_dim, window or 0
-        )
+            queries.buffer, *self._pool(keys, values), out.buffer, scale, heads, kv_heads, head_dim, window or 0,
+            step.causal,
+        )  # fmt: skip
         return out
 
-    def logits(self, rows: Normed, weight: PackedMatrix) -> Activation:
-        self.plan.begin_head()
-        picked = self._buffer("picked", rows.source.width, self.narrow)
-        self.plan.norm(rows.source.buffer, self._address(rows.weight), rows.eps, picked, True)
-        out = Activation(self._buffer("logits", weight.outputs, WIDE), weight.outputs)
-        self.plan.linear(picked, weight.packed, out.buffer, "store", True)
-        return out
+    def begin_head(self, hidden: Normed | Stream | Activation, pooling: Pooling) -> Picked:
+        """What the head is to be called with. A norm is computed of picked rows only, unless they are pooled."""
+        source = hidden.wide if isinstance(hidden, Stream) else hidden
+        if isinstance(source, Normed) and pooling in ("mean", "max"):
+            source = self._settled(source, "hidden", WIDE)
+        self.plan.begin_head(pooling)
+        self.in_head = True
+        return Picked(source)
 
-    def _settled(self, x: Activation | Normed) -> Activation:
-        """Record a norm for all rows, if that is what `x` is."""
-        if isinstance(x, Activation):
-            return x
-        out = Activation(self._buffer("normed", x.source.width, self.narrow), x.source.width)
-        self.plan.norm(x.source.buffer, self._address(x.weight), x.eps, out.buffer, False)
+    def logits(self, rows: Activation | Product | Picked, weight: PackedMatrix) -> Activation:
+        return self._stored(Product(self._settled(rows), weight, "identity"), "logits", WIDE)
+
+    def vectors(self, rows: Product | Picked) -> Activation:
+        return self._stored(rows, "vectors", WIDE) if isinstance(rows, Product) else self._rows(rows, WIDE)
+
+    def _settled(
+        self, x: Activation | Stream | Normed | Product | Picked, role: str = "normed", dtype: int | None = None
+    ) -> Activation:
+        """Record what `x` names, for all rows, as products want it (or as `dtype`)."""
+        dtype = self.narrow if dtype is None else dtype
+        match x:
+            case Activation():
+                return x
+            case Stream():
+                return x.narrow
+            case Picked():
+                return self._rows(x, dtype)
+            case Product():
+                return self._stored(x, "inner", dtype)
+            case Normed():
+                out = Activation(self._buffer(role, x.source.width, dtype), x.source.width)
+                self.plan.norm(x.source.buffer, self._address(x.weight), x.eps, out.buffer, False)
+                return out
+
+    def _stored(self, x: Product, role: str, dtype: int) -> Activation:
+        """Record a product into the buffer of a role, or of another where that is what the product reads."""
+        out = self._buffer(role, x.weight.outputs, dtype)
+        if out == x.source.buffer:
+            out = self._buffer(f"{role} of {role}", x.weight.outputs, dtype)
+        self.plan.linear(x.source.buffer, x.weight.packed, out, "store", self.in_head, x.activation)
+        return Activation(out, x.weight.outputs)
+
+    def _added(self, x: Product, residual: Activation) -> Activation:
+        if x.activation != "identity":
+            raise TypeError(f"a product with the activation {x.activation} is not added to the residual stream")
+        self.plan.linear(x.source.buffer, x.weight.packed, residual.buffer, "add", False)
+        return residual
+
+    def _rows(self, rows: Picked, dtype: int) -> Activation:
+        """The head's rows in a dtype."""
+        if dtype in self.picked:
+            return self.picked[dtype]
+        source = rows.source
+        width = source.source.width if isinstance(source, Normed) else source.width
+        out = Activation(self._buffer("picked", width, dtype), width)
+        if isinstance(source, Normed):
+            self.plan.norm(source.source.buffer, self._address(source.weight), source.eps, out.buffer, True)
+        elif dtype == WIDE:
+            self.plan.pool(source.buffer, out.buffer)
+        else:
+            self.plan.narrow(self._rows(rows, WIDE).buffer, out.buffer)
+        self.picked[dtype] = out
         return out
 
     def _buffer(self, role: str, width: int, dtype: int) -> int:
-        """The buffer of a role: layers follow one another and share them."""
-        key = (role, width, dtype)
+        """The buffer of a role: layers follow one another and share them. Those of a head are its own."""
+        key = (f"{role} of the head" if self.in_head else role, width, dtype)
         if key not in self.buffers:
             self.buffers[key] = self.plan.buffer(width, dtype)
         return self.buffers[key]

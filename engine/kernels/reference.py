@@ -98,7 +98,14 @@ def rms_norm(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     total = x if residual is None else x + residual
-    return functional.rms_norm(total, weight.shape, weight, eps), total
+    return _rms_normed(total, weight, eps), total
+
+
+def _rms_normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """The scale may be more precise than x, which it is multiplied with before that is rounded."""
+    if weight.dtype == x.dtype:
+        return functional.rms_norm(x, weight.shape, weight, eps)
+    return functional.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
 
 
 def layer_norm(
@@ -124,9 +131,7 @@ def rotary_store(
     rotated = heads[:, : query_heads + kv_heads]
     if q_norm is not None and k_norm is not None:
         queries, new_keys = rotated[:, :query_heads], rotated[:, query_heads:]
-        q_normed = functional.rms_norm(queries, q_norm.shape, q_norm, eps)
-        k_normed = functional.rms_norm(new_keys, k_norm.shape, k_norm, eps)
-        rotated = torch.cat((q_normed, k_normed), dim=1)
+        rotated = torch.cat((_rms_normed(queries, q_norm, eps), _rms_normed(new_keys, k_norm, eps)), dim=1)
     if rotary is not None:
         rotated = _rotate(rotated, *step.rotations[rotary])
     keys.index_copy_(1, step.slots, rotated[:, query_heads:].to(keys.dtype).transpose(0, 1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import torch
 
 from engine.checkpoints.errors import CheckpointError
@@ -13,7 +14,9 @@ from engine.checkpoints.task import Task
 from engine.checkpoints.weights import Place
 from engine.kernels.batch import RaggedBatch
 from engine.kernels.kv_cache import KvCache
-from engine.kernels.table import Backend, Ops, Program, RotaryFrequencies
+from engine.kernels.table import Activation, Backend, Ops, Program, RotaryFrequencies
+from engine.layers.activations import activation_named
+from engine.layers.heads import head_output
 from engine.layers.rope import rotary_frequencies
 from engine.layers.weights import (
     AttentionWeights,
@@ -28,47 +31,67 @@ from engine.layers.weights import (
 
 @dataclass(frozen=True, eq=False)
 class Decoder:
-    """A decoder with its head; see `engine.models.model.Model` for what each member means."""
+    """A decoder with its head; see `engine.models.model.Model` for what each member means.
+
+    rotaries: of layers without a window, and of those with one where it is another.
+    """
 
     config: ModelConfig
     task: Task
     traits: DecoderTraits
     dtype: torch.dtype
     weights: DecoderWeights
-    rotary: RotaryFrequencies
+    rotaries: tuple[RotaryFrequencies, ...]
     places: dict[str, Place]
     ignored: tuple[str, ...]
     backend: Backend
 
     @property
     def reads_whole(self) -> bool:
-        return False
+        return not self._causal or self.task.pooling != "row"
 
     @property
     def weight_bytes(self) -> int:
         return weight_bytes(self.weights)
 
     def program(self, cache: KvCache) -> Program:
-        return self.backend.compile(self._hidden, self._logits, cache, self.dtype)
+        return self.backend.compile(self._hidden, self._head, cache, self.dtype, self.task.pooling)
+
+    @property
+    def _causal(self) -> bool:
+        return self.config.causal or self.task.kind == "generation"
 
     def _hidden(self, ops: Ops, batch: RaggedBatch, cache: KvCache) -> torch.Tensor:
         """One step: the new tokens → [T, hidden] after the final norm."""
         weights, eps = self.weights, self.config.rms_norm_eps
         windows = tuple(dict.fromkeys(self.traits.windows))
-        step = ops.begin_step(batch, (self.rotary,), self.config.num_kv_heads, windows)
-        x = ops.embedding(batch.token_ids, weights.embedding)
+        step = ops.begin_step(batch, self.rotaries, self.config.num_kv_heads, windows, causal=self._causal)
+        x = ops.embedding(batch.token_ids, weights.embedding, self._embedding_scale)
         residual: torch.Tensor | None = None
+        scale = self.config.attention_scale or self.config.head_dim**-0.5
         for layer, window, keys, values in zip(
             weights.layers, self.traits.windows, cache.keys, cache.values, strict=True
         ):
             x, residual = ops.rms_norm(x, residual, layer.attention_norm, eps)
-            x = attention_block(ops, layer.attention, x, keys, values, window, eps, step)
+            rotary = 0 if window is None else len(self.rotaries) - 1
+            x = attention_block(ops, layer.attention, x, keys, values, window, eps, step, scale=scale, rotary=rotary)
+            if layer.attention_post_norm is not None:
+                x = ops.rms_norm(x, None, layer.attention_post_norm, eps)[0]
             x, residual = ops.rms_norm(x, residual, layer.mlp_norm, eps)
-            x = gated_mlp(ops, layer.mlp, x)
+            x = gated_mlp(ops, layer.mlp, x, self.traits.activation)
+            if layer.mlp_post_norm is not None:
+                x = ops.rms_norm(x, None, layer.mlp_post_norm, eps)[0]
         return ops.rms_norm(x, residual, weights.final_norm, eps)[0]
 
-    def _logits(self, ops: Ops, hidden_rows: torch.Tensor) -> torch.Tensor:
-        return ops.logits(hidden_rows, self.weights.head)
+    @property
+    def _embedding_scale(self) -> float:
+        """transformers rounds it to the dtype of the weights."""
+        if not self.traits.scaled_embedding:
+            return 1.0
+        return float(torch.tensor(self.config.hidden_size**0.5).to(self.dtype))
+
+    def _head(self, ops: Ops, hidden_rows: torch.Tensor) -> torch.Tensor:
+        return head_output(ops, hidden_rows, self.weights.dense, self.weights.head)
 
 
 def attention_block(
@@ -80,42 +103,55 @@ def attention_block(
     window: int | None,
     eps: float,
     step: Any,
+    *,
+    scale: float,
+    rotary: int,
 ) -> torch.Tensor:
     """Attention with its projections: x [T, hidden] → [T, hidden]; keys, values: one layer's pool, written at first."""
     qkv = ops.linear(x, weights.qkv)
-    queries = ops.rotary_store(qkv, weights.q_norm, weights.k_norm, eps, keys, values, 0, step)
-    head_dim: int = keys.shape[2]
-    attended = ops.attention(queries, keys, values, head_dim**-0.5, window, step)
+    queries = ops.rotary_store(qkv, weights.q_norm, weights.k_norm, eps, keys, values, rotary, step)
+    attended = ops.attention(queries, keys, values, scale, window, step)
     return ops.linear(attended, weights.output)
 
 
-def gated_mlp(ops: Ops, weights: MlpWeights, x: torch.Tensor) -> torch.Tensor:
-    """down(silu(gate(x)) * up(x)): x [T, hidden] → [T, hidden]."""
-    return ops.linear(ops.gated_linear(x, weights.gate_up), weights.down)
+def gated_mlp(ops: Ops, weights: MlpWeights, x: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """down(activation(gate(x)) * up(x)): x [T, hidden] → [T, hidden]."""
+    return ops.linear(ops.gated_linear(x, weights.gate_up, activation), weights.down)
 
 
 def build_decoder(
     config: ModelConfig, traits: DecoderTraits, task: Task, *, dtype: torch.dtype, backend: Backend
 ) -> Decoder:
     """Allocate a decoder. Raises CheckpointError where the config asks for what a decoder of this shape has not."""
-    _check(config, traits)
-    weights, places = allocate_decoder(config, traits, dtype, backend)
+    _check(config, traits, task)
+    weights, places = allocate_decoder(config, traits, task, dtype, backend)
     return Decoder(
         config=config,
         task=task,
         traits=traits,
         dtype=dtype,
         weights=weights,
-        rotary=rotary_frequencies(config),
+        rotaries=_rotaries(config),
         places=places,
-        ignored=ignored_names(config),
+        ignored=ignored_names(config, task),
         backend=backend,
     )
 
 
-def _check(config: ModelConfig, traits: DecoderTraits) -> None:
-    if config.hidden_act not in ("silu", "swish"):
-        raise CheckpointError(f"hidden_act is {config.hidden_act!r}; {config.architecture} is served with 'silu' only")
+def _rotaries(config: ModelConfig) -> tuple[RotaryFrequencies, ...]:
+    ropes = (config.rope,) if config.local_rope is None else (config.rope, config.local_rope)
+    return tuple(rotary_frequencies(msgspec.structs.replace(config, rope=rope)) for rope in ropes)
+
+
+def _check(config: ModelConfig, traits: DecoderTraits, task: Task) -> None:
+    if activation_named(config.hidden_act) != traits.activation:
+        raise CheckpointError(
+            f"hidden_act is {config.hidden_act!r}; {config.architecture} is served with {traits.activation!r} only"
+        )
+    if not config.causal and task.kind != "generation" and any(traits.windows):
+        raise CheckpointError(
+            "is_causal is false, and there are sliding windows; they are served in one direction only"
+        )
     if config.num_heads % config.num_kv_heads:
         raise CheckpointError(
             f"num_attention_heads, {config.num_heads}, is not a multiple of num_key_value_heads, {config.num_kv_heads}"

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.checkpoints.architectures import about
 from engine.checkpoints.model_config import ModelConfig
-from engine.checkpoints.weights import Place, TensorPlace
-from engine.kernels.table import Backend, Matrix
+from engine.checkpoints.task import Task
+from engine.checkpoints.weights import OffsetPlace, Place, TensorPlace
+from engine.kernels.table import Activation, Backend, Matrix
+from engine.layers.heads import DenseLayer, allocate_dense
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,9 @@ class DecoderTraits:
     qkv_bias, output_bias: biases in attention; mlp_bias: in all three projections of the MLP.
     head_norms: an RMS norm of each query and key head before the rotation.
     windows: sliding window of each layer, None where a layer has none.
+    activation: of the MLP's gate. post_norms: an RMS norm behind attention and one behind the MLP, too.
+    norm_offset: what is added to the norms' weights as they are in the checkpoint.
+    scaled_embedding: embeddings are multiplied by the square root of the hidden size.
     """
 
     qkv_bias: bool
@@ -25,6 +31,10 @@ class DecoderTraits:
     mlp_bias: bool
     head_norms: bool
     windows: tuple[int | None, ...]
+    activation: Activation = "silu"
+    post_norms: bool = False
+    norm_offset: float = 0.0
+    scaled_embedding: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,25 +57,32 @@ class MlpWeights:
 
 @dataclass(frozen=True, eq=False)
 class LayerWeights:
-    """One layer; the norms are [hidden]."""
+    """One layer; the norms are [hidden], those behind attention and the MLP None where there are none."""
 
     attention_norm: torch.Tensor
     attention: AttentionWeights
     mlp_norm: torch.Tensor
     mlp: MlpWeights
+    attention_post_norm: torch.Tensor | None = None
+    mlp_post_norm: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class DecoderWeights:
-    """embedding, head: [vocabulary, hidden], one and the same matrix where they are tied. final_norm: [hidden]."""
+    """embedding: [vocabulary, hidden]. final_norm: [hidden].
+
+    head: [vocabulary, hidden], the embedding itself where they are tied; [labels, hidden] of a classifier; None where
+    hidden states are what is asked for. dense: layers that these go through.
+    """
 
     embedding: Matrix
     layers: tuple[LayerWeights, ...]
     final_norm: torch.Tensor
-    head: Matrix
+    head: Matrix | None
+    dense: tuple[DenseLayer, ...] = ()
 
 
-class _Allocator:
+class Allocator:
     """Allocates weights of one dtype, and notes under which checkpoint name each is filled."""
 
     def __init__(self, backend: Backend, dtype: torch.dtype) -> None:
@@ -73,9 +90,11 @@ class _Allocator:
         self._backend = backend
         self._dtype = dtype
 
-    def vector(self, name: str, size: int) -> torch.Tensor:
-        made = self._backend.vector(size, self._dtype)
-        self.places[name] = TensorPlace(made[:size])
+    def vector(self, name: str, size: int, offset: float = 0.0) -> torch.Tensor:
+        """offset: added to what is written; the sum is kept in float32, as it has more digits than the part."""
+        made = self._backend.vector(size, torch.float32 if offset else self._dtype)
+        place = TensorPlace(made[:size])
+        self.places[name] = OffsetPlace(place, offset) if offset else place
         return made
 
     def table(self, name: str, rows: int, columns: int) -> Matrix:
@@ -96,56 +115,82 @@ class _Allocator:
 
 
 def allocate_decoder(
-    config: ModelConfig, traits: DecoderTraits, dtype: torch.dtype, backend: Backend
+    config: ModelConfig, traits: DecoderTraits, task: Task, dtype: torch.dtype, backend: Backend
 ) -> tuple[DecoderWeights, dict[str, Place]]:
-    """Unfilled weights of a decoder, and name → place for each tensor of a Hugging Face checkpoint of it."""
-    allocator = _Allocator(backend, dtype)
+    """Unfilled weights of a decoder for a task, and name → place for each tensor of a Hugging Face checkpoint of it."""
+    allocator = Allocator(backend, dtype)
     embedding = allocator.table("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
     layers = tuple(_layer(allocator, config, traits, f"model.layers.{index}") for index in range(config.num_layers))
-    final_norm = allocator.vector("model.norm.weight", config.hidden_size)
-    head = embedding
-    if not config.tie_embeddings:
-        head = allocator.table("lm_head.weight", config.vocab_size, config.hidden_size)
-    return DecoderWeights(embedding, layers, final_norm, head), allocator.places
+    final_norm = allocator.vector("model.norm.weight", config.hidden_size, traits.norm_offset)
+    head, dense = _head(allocator, config, task, embedding)
+    return DecoderWeights(embedding, layers, final_norm, head, dense), allocator.places
+
+
+def _head(
+    allocator: Allocator, config: ModelConfig, task: Task, embedding: Matrix
+) -> tuple[Matrix | None, tuple[DenseLayer, ...]]:
+    hidden = config.hidden_size
+    if task.kind == "embedding":
+        return None, allocate_dense(allocator.linear, task)
+    if task.kind == "generation":
+        return embedding if config.tie_embeddings else allocator.table("lm_head.weight", config.vocab_size, hidden), ()
+    if about(config.architecture).head == "reward":
+        before = DenseLayer(allocator.linear({"score.0": hidden}, hidden, bias=True), "relu")
+        return allocator.linear({"score.2": task.width}, hidden, bias=True), (before,)
+    return allocator.table("score.weight", task.width, hidden), ()
 
 
 def weight_bytes(weights: DecoderWeights) -> int:
     """Memory that the weights take, as they are laid out."""
-    matrices = {id(matrix): matrix for matrix in (weights.embedding, weights.head)}
+    ends = (weights.embedding, weights.head, *(layer.matrix for layer in weights.dense))
+    matrices = {id(matrix): matrix for matrix in ends if matrix is not None}
     vectors = [weights.final_norm]
     for layer in weights.layers:
         attention, mlp = layer.attention, layer.mlp
         matrices |= {id(m): m for m in (attention.qkv, attention.output, mlp.gate_up, mlp.down)}
         vectors += [layer.attention_norm, layer.mlp_norm]
-        vectors += [norm for norm in (attention.q_norm, attention.k_norm) if norm is not None]
+        optional = (attention.q_norm, attention.k_norm, layer.attention_post_norm, layer.mlp_post_norm)
+        vectors += [norm for norm in optional if norm is not None]
     return sum(matrix.nbytes for matrix in matrices.values()) + sum(vector.nbytes for vector in vectors)
 
 
-def ignored_names(config: ModelConfig) -> tuple[str, ...]:
-    """Patterns of names that checkpoints hold and a decoder computes itself (or has tied to another tensor)."""
+def ignored_names(config: ModelConfig, task: Task) -> tuple[str, ...]:
+    """Patterns of names that checkpoints hold and a decoder computes itself, has tied to another tensor, or has no use
+    for in its task."""
     computed = r"\.rotary_emb\.inv_freq$"
-    return (computed, r"^lm_head\.weight$") if config.tie_embeddings else (computed,)
+    headless = config.tie_embeddings or task.kind != "generation"
+    return (computed, r"^lm_head\.weight$") if headless else (computed,)
 
 
-def _layer(allocator: _Allocator, config: ModelConfig, traits: DecoderTraits, prefix: str) -> LayerWeights:
+def _layer(allocator: Allocator, config: ModelConfig, traits: DecoderTraits, prefix: str) -> LayerWeights:
     hidden, width = config.hidden_size, config.intermediate_size
-    attention_norm = allocator.vector(f"{prefix}.input_layernorm.weight", hidden)
+
+    def norm(name: str) -> torch.Tensor:
+        return allocator.vector(f"{prefix}.{name}_layernorm.weight", hidden, traits.norm_offset)
+
+    attention_norm = norm("input")
     attention = _attention(allocator, config, traits, f"{prefix}.self_attn")
-    mlp_norm = allocator.vector(f"{prefix}.post_attention_layernorm.weight", hidden)
+    # Gemma gives the name of other families' norm before the MLP to one behind attention.
+    attention_post_norm = norm("post_attention") if traits.post_norms else None
+    mlp_norm = norm("pre_feedforward" if traits.post_norms else "post_attention")
     gate_up = {f"{prefix}.mlp.gate_proj": width, f"{prefix}.mlp.up_proj": width}
     mlp = MlpWeights(
         gate_up=allocator.linear(gate_up, hidden, traits.mlp_bias, gated=True),
         down=allocator.linear({f"{prefix}.mlp.down_proj": hidden}, width, traits.mlp_bias),
     )
-    return LayerWeights(attention_norm, attention, mlp_norm, mlp)
+    mlp_post_norm = norm("post_feedforward") if traits.post_norms else None
+    return LayerWeights(attention_norm, attention, mlp_norm, mlp, attention_post_norm, mlp_post_norm)
 
 
-def _attention(allocator: _Allocator, config: ModelConfig, traits: DecoderTraits, prefix: str) -> AttentionWeights:
+def _attention(allocator: Allocator, config: ModelConfig, traits: DecoderTraits, prefix: str) -> AttentionWeights:
     query_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     qkv = {f"{prefix}.q_proj": query_rows, f"{prefix}.k_proj": kv_rows, f"{prefix}.v_proj": kv_rows}
     norms: list[torch.Tensor | None] = [None, None]
     if traits.head_norms:
-        norms = [allocator.vector(f"{prefix}.{name}.weight", config.head_dim) for name in ("q_norm", "k_norm")]
+        norms = [
+            allocator.vector(f"{prefix}.{name}.weight", config.head_dim, traits.norm_offset)
+            for name in ("q_norm", "k_norm")
+        ]
     return AttentionWeights(
         qkv=allocator.linear(qkv, config.hidden_size, traits.qkv_bias),
         output=allocator.linear({f"{prefix}.o_proj": config.hidden_size}, query_rows, traits.output_bias),

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import msgspec
 import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from engine.checkpoints.dequantize import dequantize_into
 from engine.checkpoints.errors import CheckpointError
@@ -99,7 +100,7 @@ def test_default_model_is_what_gguf_reads() -> None:
 
 def tiny(family: str, **changes: Any) -> PreTrainedModel:
     torch.manual_seed(3)
-    classes = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+    classes = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "gemma3": Gemma3TextConfig}
     settings_ = {
         "vocab_size": 96,
         "hidden_size": 64,
@@ -119,7 +120,7 @@ def tiny(family: str, **changes: Any) -> PreTrainedModel:
 def write_gguf(model: PreTrainedModel, path: Path, kind: GGMLQuantizationType, split: bool = False) -> None:
     """Write a model as convert_hf_to_gguf.py would: names from gguf's own table, rows of llama's q and k permuted."""
     config = model.config
-    arch = config.model_type
+    arch = config.model_type.removesuffix("_text")
     writer = gguf.GGUFWriter(path, arch, split_max_tensors=7 if split else 0)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -130,7 +131,14 @@ def write_gguf(model: PreTrainedModel, path: Path, kind: GGMLQuantizationType, s
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if arch == "gemma3":
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_rope_freq_base(config.rope_parameters["full_attention"]["rope_theta"])
+        writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config.rope_parameters["full_attention"]["factor"])
+    else:
+        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_eos_token_id(7)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
@@ -139,6 +147,8 @@ def write_gguf(model: PreTrainedModel, path: Path, kind: GGMLQuantizationType, s
         if arch == "llama" and (".q_proj." in name or ".k_proj." in name):
             heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
             tensor = tensor.view(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+        if arch == "gemma3" and name.endswith("norm.weight"):
+            tensor = tensor + 1
         own = kind if tensor.dim() == 2 else GGMLQuantizationType.F32
         ggml_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         writer.add_tensor(ggml_name, quants.quantize(tensor.numpy(), own), raw_dtype=own)
@@ -182,6 +192,34 @@ def test_a_float_gguf_gives_back_the_checkpoint(family: str, changes: dict[str, 
     assert config.mlp_bias == ("model.layers.0.mlp.gate_proj.bias" in expected)
     assert config.tie_embeddings == model.config.tie_word_embeddings
     assert (config.head_dim, config.eos_ids) == (32, (7,))
+
+
+def test_gemma3_is_computed_as_its_checkpoint(tmp_path: Path) -> None:
+    ropes = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 500.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 90.0},
+    }
+    model = tiny("gemma3", rope_parameters=ropes, sliding_window=5, num_hidden_layers=7, query_pre_attn_scalar=32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(0.2 if "norm" in name else 0.15)
+    write_gguf(model, tmp_path / "m.gguf", GGMLQuantizationType.F32)
+    model.save_pretrained(tmp_path / "folder")
+    configs, found = [], []
+    for kind, path in (("gguf", tmp_path / "m.gguf"), ("folder", tmp_path / "folder")):
+        source = ModelSource(name="x", kind=kind, path=str(path))
+        configs.append(read_model_config(source))
+        reader = open_weights(source, configs[-1])
+        places = {name: torch.full(shape, float("nan")) for name, shape in reader.shapes().items()}
+        load_weights(reader, {name: TensorPlace(tensor) for name, tensor in places.items()})
+        found.append(places)
+    assert found[0].keys() == found[1].keys()
+    for name, tensor in found[1].items():
+        torch.testing.assert_close(found[0][name], tensor, rtol=0, atol=1e-6 if "norm" in name else 0)
+    theirs, ours = (msgspec.structs.asdict(config) for config in configs)
+    for key in theirs.keys() - {"raw", "dtype", "eos_ids", "bos_id"}:
+        assert theirs[key] == ours[key], key
+    assert configs[0].layer_is_sliding == (True,) * 5 + (False, True)
 
 
 def test_a_split_model_is_read_whole_or_not_at_all(tmp_path: Path) -> None:

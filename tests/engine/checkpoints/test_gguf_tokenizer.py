@@ -21,6 +21,7 @@ from tokenizers import Tokenizer as Backend
 from engine.checkpoints.chat_template import render_chat
 from engine.checkpoints.errors import CheckpointError
 from engine.checkpoints.gguf_pretokenizers import pre_tokenizer
+from engine.checkpoints.gguf_tokenizer import gguf_eos_ids
 from engine.checkpoints.tokenizer import Tokenizer, decode, encode, load_tokenizer, read_eos_ids
 from engine.config import ModelSource
 from tests.tokenizer_models import CORPUS, SPECIALS, byte_level, source, train_sentencepiece
@@ -170,21 +171,27 @@ def test_unknown_kinds_and_pre_tokenizers_list_the_known_ones(tmp_path: Path) ->
 
 
 @functools.cache
-def sentencepiece_pair(prefix: bool) -> tuple[Tokenizer, sentencepiece.SentencePieceProcessor]:
-    """(ours from a GGUF file, the sentencepiece model that it was written from)."""
+def sentencepiece_pair(prefix: bool, runs: str = "") -> tuple[Tokenizer, sentencepiece.SentencePieceProcessor]:
+    """(ours from a GGUF file, the sentencepiece model that it was written from).
+
+    runs: how the file writes the blanks of user-defined runs of blanks (and newlines), as Gemma has them.
+    """
+    symbols = ("▁▁", "▁▁▁", "▁▁▁▁", "\n\n", "<b>") if runs else ()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = train_sentencepiece(Path(scratch), "bpe", prefix=prefix)
+        folder = train_sentencepiece(Path(scratch), "bpe", prefix=prefix, symbols=symbols)
         model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
         size = model.get_piece_size()
         types = [
             UNKNOWN if model.is_unknown(i) else CONTROL if model.is_control(i) else BYTE if model.is_byte(i) else NORMAL
             for i in range(size)
         ]
+        types = [USER_DEFINED if model.id_to_piece(i) in symbols else kind for i, kind in enumerate(types)]
+        pieces = [model.id_to_piece(i) for i in range(size)]
         path = folder / "m.gguf"
         write_gguf(
             path,
             "llama",
-            [model.id_to_piece(i) for i in range(size)],
+            [piece.replace("▁", runs) if piece in symbols else piece for piece in pieces],
             types,
             token_scores=[model.get_score(i) for i in range(size)],
             bos_token_id=1,
@@ -206,6 +213,23 @@ def test_sentencepiece_files_tokenize_as_sentencepiece(prefix: bool, text: str) 
     assert ids == [1, *model.encode(text)]
     assert decode(ours, ids) == model.decode(ids)
     assert decode(ours, ids) == text
+
+
+@pytest.mark.parametrize("runs", ["▁", " "])
+@given(parts=st.lists(st.sampled_from(["a", "the", "  ", "   ", " ", "\n", "\n\n", "<b>", "<", "é"]), max_size=12))
+@settings(max_examples=100, deadline=None)
+def test_user_defined_runs_of_blanks(runs: str, parts: list[str]) -> None:
+    ours, model = sentencepiece_pair(False, runs)
+    text = "".join(parts)
+    ids = encode(ours, text)
+    assert ids == [1, *model.encode(text)]
+    assert decode(ours, ids) == text
+
+
+def test_gemma_stops_at_the_end_of_a_turn(tmp_path: Path) -> None:
+    metadata = {"general.architecture": "gemma3", "tokenizer.ggml.tokens": ["a", "<end_of_turn>", "b"]}
+    assert gguf_eos_ids({**metadata, "tokenizer.ggml.eos_token_id": 2}) == [1, 2]
+    assert gguf_eos_ids({**metadata, "general.architecture": "llama", "tokenizer.ggml.eos_token_id": 2}) == [2]
 
 
 @given(text=TEXT)

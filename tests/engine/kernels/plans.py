@@ -108,13 +108,13 @@ def sum_error(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None =
 
 def product(
     isa: str, x: torch.Tensor, matrix: PackedMatrix, epilogue: str = "store", *, out: torch.dtype = F32,
-    added_to: torch.Tensor | None = None, threads: int = 2,
+    added_to: torch.Tensor | None = None, threads: int = 2, activation: str = "identity",
 ) -> torch.Tensor:  # fmt: skip
     plan = _cpu.Plan(team(isa, threads), isa)
     source = buffer(plan, matrix.inputs, narrow_of(matrix.dtype), x)
     width = matrix.outputs // (2 if matrix.gated else 1)
     target = buffer(plan, width, out, added_to)
-    plan.linear(source, matrix.packed, target, epilogue, False)
+    plan.linear(source, matrix.packed, target, epilogue, False, activation)
     run(plan, len(x))
     return read(plan, target, len(x))
 

@@ -90,7 +90,7 @@ def test_gated_products(
     out = BF16 if narrow else F32
     x, weight = random(seed, rows, inputs, dtype=narrow_of(dtype)), random(seed + 1, 2 * width, inputs, dtype=dtype)
     bias = random(seed + 2, 2 * width) if biased else None
-    found = product(isa, x, packed(weight, bias, gated=True), "gate", out=out)
+    found = product(isa, x, packed(weight, bias, gated=True), "gate", out=out, activation="silu")
     expected = reference.gated_linear(x.double(), dense(weight, bias))
     gate, up = exact_linear(x, weight, bias).abs().chunk(2, dim=1)
     off_gate, off_up = sum_error(x, weight, bias).chunk(2, dim=1)
@@ -104,7 +104,7 @@ def test_gates_of_any_size_are_finite() -> None:
     gates = torch.tensor([-3e38, -1e4, -90.0, -87.0, -20.0, 0.0, 20.0, 90.0, 1e4, 1e19])
     weight = torch.cat((gates, torch.ones(len(gates))))[:, None]
     for isa in ISAS:
-        found = product(isa, torch.ones(1, 1), packed(weight, gated=True), "gate")
+        found = product(isa, torch.ones(1, 1), packed(weight, gated=True), "gate", activation="silu")
         check_close(found, torch.nn.functional.silu(gates.double())[None], 1e-30 + 4e-7 * gates.abs()[None])
 
 

@@ -26,30 +26,33 @@ def new_plan() -> _cpu.Plan:
 
 def linear(
     inputs: int = 5, narrow: torch.dtype = F32, outputs: int = 6, out: torch.dtype = F32, epilogue: str = "store",
-    matrix: Any = WEIGHTS[F32],
+    matrix: Any = WEIGHTS[F32], activation: str = "identity",
 ) -> None:  # fmt: skip
     plan = new_plan()
-    plan.linear(buffer(plan, inputs, narrow), matrix.packed, buffer(plan, outputs, out), epilogue, False)
+    plan.linear(buffer(plan, inputs, narrow), matrix.packed, buffer(plan, outputs, out), epilogue, False, activation)
 
 
 def test_products_that_fit_are_taken() -> None:
     linear()
     linear(matrix=WEIGHTS[F16])
     linear(matrix=WEIGHTS[BF16], narrow=BF16)
-    linear(matrix=GATED, outputs=3, out=BF16, epilogue="gate")
+    linear(matrix=GATED, outputs=3, out=BF16, epilogue="gate", activation="silu")
+    linear(out=BF16, activation="gelu")
+    linear(epilogue="add")
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"inputs": 6}, {"outputs": 5}, {"narrow": BF16}, {"out": BF16}, {"epilogue": "sotre"}, {"epilogue": "gate"},
+        {"inputs": 6}, {"outputs": 5}, {"narrow": BF16}, {"out": BF16, "epilogue": "add"},
+        {"epilogue": "add", "activation": "relu"}, {"activation": "swish"}, {"epilogue": "sotre"}, {"epilogue": "gate"},
         {"matrix": WEIGHTS[BF16]}, {"matrix": WEIGHTS[BF16], "narrow": F16}, {"matrix": GATED},
         {"matrix": GATED, "epilogue": "gate"}, {"matrix": GATED, "outputs": 3},
     ],
     ids=str,
 )  # fmt: skip
 def test_products_that_do_not_fit(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"fit|epilogue"):
+    with pytest.raises(ValueError, match=r"fit|epilogue|activation is 'swish'; allowed are gelu"):
         linear(**wrong)
 
 
@@ -108,8 +111,8 @@ def test_rows_of_buffers() -> None:
 
 def test_norms_embeddings_and_angles_that_do_not_fit() -> None:
     plan = new_plan()
-    five, six, narrow = buffer(plan, 5), buffer(plan, 6), buffer(plan, 5, BF16)
-    address = ONES.data_ptr()
+    five, six, narrow, other = buffer(plan, 5), buffer(plan, 6), buffer(plan, 5, BF16), buffer(plan, 5)
+    address, table, wider = ONES.data_ptr(), WEIGHTS[F32].packed, packed(random(1, 6, 6)).packed
     calls: list[Callable[[], Any]] = [
         lambda: plan.norm(five, address, 1e-5, six, False),
         lambda: plan.norm(narrow, address, 1e-5, five, False),
@@ -120,6 +123,24 @@ def test_norms_embeddings_and_angles_that_do_not_fit() -> None:
         lambda: plan.angles(address, 5, 1.0, five, narrow),
         lambda: plan.angles(address, 0, 1.0, five, five),
         lambda: plan.angles(0, 5, 1.0, five, five),
+        lambda: plan.add_norm(five, address, 1e-5, six),
+        lambda: plan.add_norm(five, address, 1e-5, five),
+        lambda: plan.add_norm(five, 0, 1e-5, other),
+        lambda: plan.add_norm(narrow, address, 1e-5, five),
+        lambda: plan.add_norm(five, address, 1e-5, narrow),
+        lambda: plan.layer_norm(five, address, address, 1e-5, six, None),
+        lambda: plan.layer_norm(five, address, address, 1e-5, narrow, None),
+        lambda: plan.layer_norm(narrow, address, address, 1e-5, five, None),
+        lambda: plan.layer_norm(five, address, address, 1e-5, other, six),
+        lambda: plan.layer_norm(five, address, address, 1e-5, five, five),
+        lambda: plan.layer_norm(five, 0, address, 1e-5, five, None),
+        lambda: plan.layer_norm(five, address, 0, 1e-5, five, None),
+        lambda: plan.embedding_sum(table, table, None, 0, six),
+        lambda: plan.embedding_sum(table, table, None, 0, narrow),
+        lambda: plan.embedding_sum(table, wider, None, 0, five),
+        lambda: plan.embedding_sum(table, table, wider, 0, five),
+        lambda: plan.embedding_sum(table, table, table, -1, five),
+        lambda: plan.embedding_sum(table, table, table, 6, five),
     ]
     for call in calls:
         with pytest.raises(ValueError, match="fit"):
@@ -128,6 +149,7 @@ def test_norms_embeddings_and_angles_that_do_not_fit() -> None:
 
 def heads(
     kind: str, *, width: int = 64, queries: torch.dtype = F32, projections: int = 48, half: int = 4, angles: int = 4,
+    turned: str = "both", causal: bool = True,
     norms: tuple[int, int] = (0, 0), heads: int = 2, kv_heads: int = 2, head_dim: int = 8, keys: int = 1,
     pool: torch.dtype = F32, out: int = 16, window: int = 0,
 ) -> None:  # fmt: skip
@@ -137,15 +159,18 @@ def heads(
     memory = (address * keys, address, DTYPES[pool], 32, 288)
     source, target = buffer(plan, width, queries), buffer(plan, out)
     if kind == "attention":
-        plan.attention(source, *memory, target, 1.0, heads, kv_heads, head_dim, window)
+        plan.attention(source, *memory, target, 1.0, heads, kv_heads, head_dim, window, causal)
     else:
-        cosines, sines, qkv = buffer(plan, angles), buffer(plan, angles), buffer(plan, projections)
+        qkv = buffer(plan, projections)
+        cosines, sines = (buffer(plan, angles) if turned in ("both", which) else None for which in ("cosines", "sines"))
         plan.rotary_store(qkv, cosines, sines, source, *norms, 1e-5, *memory, heads, kv_heads, head_dim, half)
 
 
 def test_heads_that_fit_are_taken() -> None:
     heads("rotary")
+    heads("rotary", turned="none", half=0)
     heads("attention")
+    heads("attention", causal=False)
     heads("attention", pool=BF16, queries=BF16, window=7)
 
 
@@ -155,10 +180,12 @@ SHARED: list[dict[str, Any]] = [
 ]  # fmt: skip
 ROTARY: list[dict[str, Any]] = [
     {"projections": 49}, {"half": 0}, {"half": -4}, {"half": 5, "angles": 5}, {"angles": 3},
+    {"turned": "none"}, {"turned": "cosines"}, {"turned": "sines", "half": 0},
     {"norms": (ONES.data_ptr(), 0)}, {"norms": (0, ONES.data_ptr())},
 ]  # fmt: skip
 ATTENTION: list[dict[str, Any]] = [
-    {"out": 15}, {"window": -1}, {"queries": BF16}, {"queries": F16, "pool": F16}, {"queries": BF16, "pool": F16},
+    {"out": 15}, {"window": -1}, {"window": 7, "causal": False},
+    {"queries": BF16}, {"queries": F16, "pool": F16}, {"queries": BF16, "pool": F16},
 ]  # fmt: skip
 
 
@@ -178,17 +205,19 @@ def test_heads_that_do_not_fit(kind: str, wrong: dict[str, Any]) -> None:
 def test_the_head_is_apart() -> None:
     """Picked rows are counted in buffers of their own: ops of either kind do not touch the other's."""
     plan, weights, ones = new_plan(), WEIGHTS[F32].packed, ONES.data_ptr()
-    x, y = buffer(plan, 5), buffer(plan, 6)
+    x, y, z = buffer(plan, 5), buffer(plan, 6), buffer(plan, 5)
     before: list[Callable[[], Any]] = [
         lambda: plan.norm(x, ones, 1e-5, x, True),
         lambda: plan.linear(x, weights, y, "store", True),
+        lambda: plan.pool(x, x),
+        lambda: plan.narrow(x, z),
     ]
     plan.norm(x, ones, 1e-5, x, False)
     for call in before:
         with pytest.raises(ValueError, match="begin_head"):
             call()
     plan.begin_head()
-    rows, logits = buffer(plan, 5), buffer(plan, 6)
+    rows, logits, more = buffer(plan, 5), buffer(plan, 6), buffer(plan, 5)
     after: list[Callable[[], Any]] = [
         lambda: plan.norm(x, ones, 1e-5, x, True),
         lambda: plan.norm(rows, ones, 1e-5, rows, True),
@@ -198,19 +227,36 @@ def test_the_head_is_apart() -> None:
         lambda: plan.linear(rows, weights, logits, "store", False),
         lambda: plan.embedding(weights, rows),
         lambda: plan.angles(ones, 5, 1.0, rows, rows),
+        lambda: plan.embedding_sum(weights, weights, None, 0, rows),
+        lambda: plan.add_norm(rows, ones, 1e-5, more),
+        lambda: plan.layer_norm(rows, ones, ones, 1e-5, rows, None),
+        lambda: plan.pool(rows, more),
+        lambda: plan.pool(x, z),
+        lambda: plan.narrow(x, rows),
+        lambda: plan.narrow(rows, z),
     ]
     for call in after:
         with pytest.raises(ValueError, match="begin_head"):
             call()
+    for call in (lambda: plan.pool(x, logits), lambda: plan.narrow(rows, logits), lambda: plan.narrow(rows, rows)):
+        with pytest.raises(ValueError, match="fit"):
+            call()
     plan.norm(x, ones, 1e-5, rows, True)
+    plan.pool(x, rows)
+    plan.narrow(rows, more)
     plan.linear(rows, weights, logits, "store", True)
+
+
+def test_poolings_that_there_are_not() -> None:
+    with pytest.raises(ValueError, match="pooling is 'last'; allowed are first, max, mean, row"):
+        new_plan().begin_head("last")
 
 
 def step(**changes: Any) -> list[Any]:
     """The arrays of a step of 3 tokens of 2 sequences with 9 slots."""
     good = {
         "token_ids": [0, 5, 1], "positions": [3, 4, 3], "slots": [0, 1, 2], "query_starts": [0, 2, 3],
-        "context_starts": [0, 5, 9], "context_slots": list(range(9)), "picked": [2, 0],
+        "context_starts": [0, 5, 9], "context_slots": list(range(9)), "picked": [2, 0], "type_ids": [0, 0, 0],
     }  # fmt: skip
     return [np.array(values, np.int64) for values in (good | changes).values()]
 
@@ -227,6 +273,7 @@ def step_plan() -> _cpu.Plan:
 @pytest.mark.parametrize(
     "wrong",
     [
+        {"type_ids": [0, 0]},
         {"token_ids": [0, 6, 1]}, {"token_ids": [0, -1, 1]}, {"token_ids": [0, 1]}, {"positions": [1, 2]},
         {"slots": [0, 1, 2, 3]}, {"query_starts": []}, {"query_starts": [0, 3]}, {"query_starts": [0, 2, 4]},
         {"query_starts": [1, 2, 3]}, {"query_starts": [0, 4, 3]}, {"query_starts": [0, 2, 2]},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ import torch
 from backends import ISAS, backend
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_models import load_oracle, tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3
+from tiny_models import load_oracle, tiny_gemma3, tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3
 
 from engine.checkpoints.model_config import ModelConfig
 from engine.checkpoints.read_config import read_model_config
-from engine.checkpoints.weights import Place, TensorPlace
+from engine.checkpoints.weights import OffsetPlace, Place, TensorPlace
 from engine.config import ModelSource
 from engine.kernels.batch import RaggedBatch, offsets
 from engine.kernels.kv_cache import allocate_kv_cache
@@ -55,6 +55,12 @@ CASES: dict[str, tuple[Callable[..., Path], dict[str, Any]]] = {
         {"attention_bias": True, "tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 9,
          "max_window_layers": 1},
     ),
+    "gemma3": (tiny_gemma3, {}),
+    "gemma3 biases, scaled, untied": (
+        tiny_gemma3,
+        {"attention_bias": True, "tie_word_embeddings": False, "layer_types": [FULL, SLIDING, SLIDING],
+         "rope_parameters": {FULL: LINEAR, SLIDING: {"rope_type": "default", "rope_theta": 90.0}}},
+    ),
 }  # fmt: skip
 POOL = 256
 
@@ -80,14 +86,6 @@ class Case:
     def expected(self, sequence: Sequence) -> torch.Tensor:
         with torch.no_grad():
             return self.oracle(sequence.tokens[None]).logits[0]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -127,6 +125,8 @@ def filled_model(config: ModelConfig, oracle: Any, dtype: torch.dtype, on: Backe
 
 def read(place: Place) -> torch.Tensor:
     """What was written, as float32."""
+    if isinstance(place, OffsetPlace):
+        return read(place.inner) - place.offset
     assert isinstance(place, TensorPlace | PackedRows | PackedBias)
     return (place.tensor if isinstance(place, TensorPlace) else place.read()).float()
 

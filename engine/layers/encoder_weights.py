@@ -1,0 +1,134 @@
+"""The weights of an encoder: which tensors there are, how they are fused, and where each checkpoint tensor goes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from engine.checkpoints.model_config import EncoderConfig, ModelConfig
+from engine.checkpoints.task import Task
+from engine.checkpoints.weights import Place, RepeatedPlace
+from engine.kernels.table import Backend, Matrix
+from engine.layers.heads import DenseLayer, allocate_dense
+from engine.layers.weights import Allocator
+
+
+@dataclass(frozen=True)
+class EncoderNames:
+    """What a family calls its tensors: the base model's prefix, and the two layers of a classifier's head."""
+
+    base: str
+    head_dense: str
+    head_output: str
+
+
+class NormWeights(NamedTuple):
+    """Both [hidden]."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class EncoderLayer:
+    """qkv: query, key and value projections, one below the other; up, down: the MLP's. The norms follow each half."""
+
+    qkv: Matrix
+    output: Matrix
+    attention_norm: NormWeights
+    up: Matrix
+    down: Matrix
+    mlp_norm: NormWeights
+
+
+@dataclass(frozen=True, eq=False)
+class EncoderWeights:
+    """tokens, positions, types: tables [rows, hidden].
+
+    dense: layers of the head. labels: [labels, hidden], behind them; None of a model that embeds.
+    """
+
+    tokens: Matrix
+    positions: Matrix
+    types: Matrix | None
+    embedding_norm: NormWeights
+    layers: tuple[EncoderLayer, ...]
+    dense: tuple[DenseLayer, ...]
+    labels: Matrix | None
+
+
+def allocate_encoder(
+    config: ModelConfig, traits: EncoderConfig, names: EncoderNames, task: Task, dtype: torch.dtype, backend: Backend
+) -> tuple[EncoderWeights, dict[str, Place]]:
+    """Unfilled weights of an encoder for a task, and name → place for each tensor of a Hugging Face checkpoint."""
+    allocator = Allocator(backend, dtype)
+    hidden, prefix = config.hidden_size, f"{names.base}.embeddings"
+
+    def table(name: str, rows: int) -> Matrix:
+        return allocator.table(f"{prefix}.{name}_embeddings.weight", rows, hidden)
+
+    dense, labels = allocate_dense(allocator.linear, task), None
+    if task.kind == "classifier":
+        dense = (DenseLayer(allocator.linear({names.head_dense: hidden}, hidden, bias=True), "tanh"),)
+        labels = allocator.linear({names.head_output: task.width}, hidden, bias=True)
+    weights = EncoderWeights(
+        tokens=table("word", config.vocab_size),
+        positions=table("position", traits.positions),
+        types=_types(allocator, f"{prefix}.token_type_embeddings.weight", traits.type_vocab_size, hidden),
+        embedding_norm=_norm(allocator, f"{prefix}.LayerNorm", hidden),
+        layers=tuple(
+            _layer(allocator, config, f"{names.base}.encoder.layer.{number}") for number in range(config.num_layers)
+        ),
+        dense=dense,
+        labels=labels,
+    )
+    return weights, allocator.places
+
+
+def _types(allocator: Allocator, name: str, kinds: int, hidden: int) -> Matrix | None:
+    """A model that knows one kind of segment has it for the second text of a pair, too: some tokenizers call that 1."""
+    if kinds != 1:
+        return allocator.table(name, kinds, hidden) if kinds else None
+    made = allocator.table(name, 2, hidden)
+    allocator.places[name] = RepeatedPlace((made.rows(0, 1), made.rows(1, 2)))
+    return made
+
+
+def _layer(allocator: Allocator, config: ModelConfig, prefix: str) -> EncoderLayer:
+    hidden, width = config.hidden_size, config.intermediate_size
+    qkv = {f"{prefix}.attention.self.{name}": hidden for name in ("query", "key", "value")}
+    return EncoderLayer(
+        qkv=allocator.linear(qkv, hidden, bias=True),
+        output=allocator.linear({f"{prefix}.attention.output.dense": hidden}, hidden, bias=True),
+        attention_norm=_norm(allocator, f"{prefix}.attention.output.LayerNorm", hidden),
+        up=allocator.linear({f"{prefix}.intermediate.dense": width}, hidden, bias=True),
+        down=allocator.linear({f"{prefix}.output.dense": hidden}, width, bias=True),
+        mlp_norm=_norm(allocator, f"{prefix}.output.LayerNorm", hidden),
+    )
+
+
+def _norm(allocator: Allocator, name: str, size: int) -> NormWeights:
+    return NormWeights(allocator.vector(f"{name}.weight", size), allocator.vector(f"{name}.bias", size))
+
+
+def encoder_bytes(weights: EncoderWeights) -> int:
+    """Memory that the weights take, as they are laid out."""
+    matrices = [weights.tokens, weights.positions, *(layer.matrix for layer in weights.dense)]
+    vectors = [*weights.embedding_norm]
+    matrices += [matrix for matrix in (weights.types, weights.labels) if matrix is not None]
+    for layer in weights.layers:
+        matrices += [layer.qkv, layer.output, layer.up, layer.down]
+        vectors += [*layer.attention_norm, *layer.mlp_norm]
+    return sum(matrix.nbytes for matrix in matrices) + sum(vector.nbytes for vector in vectors)
+
+
+def ignored_names(names: EncoderNames, task: Task) -> tuple[str, ...]:
+    """Patterns of names that checkpoints hold and this model has no use for: buffers, and heads of other tasks."""
+    base = re.escape(names.base)
+    patterns = (r"\.embeddings\.(position_ids|token_type_ids)$", r"^(cls|lm_head)\.")
+    if task.kind == "classifier" and names.head_dense.startswith(f"{names.base}.pooler."):
+        return patterns
+    return (*patterns, rf"^{base}\.pooler\.")
