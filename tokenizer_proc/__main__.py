@@ -60,6 +60,7 @@ def bounds_of(config: RunConfig) -> Bounds:
         auto_truncate=config.server.allow_auto_truncate,
         max_new_tokens_limit=count_limit("MAX_NEW_TOKENS_LIMIT"),
         has_tokenizer=not config.server.skip_tokenizer_init,
+        segments=config.facts.pooled.segments if config.facts.pooled else 0,
     )
 
 

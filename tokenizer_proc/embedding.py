@@ -33,12 +33,21 @@ def admit_embed(message: Embed, tokenizer: Tokenizer | None, bounds: Bounds) -> 
         extra_key=None,
         priority=message.priority,
         vector=VectorOptions(
-            type_ids=segments if any(segments) else b"",
+            type_ids=_told_apart(segments, bounds.segments),
             dimensions=message.dimensions,
             with_hidden=message.with_hidden,
         ),
     )
     return Accepted(message.key, message.attempt, packed), admitted
+
+
+def _told_apart(segments: bytes, kinds: int) -> bytes:
+    """The segments as far as the model tells any apart; empty where all are 0. Raises RefusalError."""
+    if kinds < 2 or not any(segments):
+        return b""
+    if max(segments) >= kinds:
+        raise RefusalError(f"the tokenizer names segment {max(segments)}; valid range for this model is [0, {kinds}).")
+    return segments
 
 
 def _prompt(message: Embed, tokenizer: Tokenizer | None, bounds: Bounds) -> tuple[array[int], bytes]:

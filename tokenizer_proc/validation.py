@@ -40,7 +40,7 @@ class Bounds:
     """What of the server the checks depend on.
 
     max_new_tokens_limit: SGLANG_MAX_NEW_TOKENS_LIMIT, a cap on every request. has_tokenizer: False with
-    --skip-tokenizer-init.
+    --skip-tokenizer-init. segments: kinds of segments that the model tells apart.
     """
 
     vocab_size: int
@@ -48,6 +48,7 @@ class Bounds:
     auto_truncate: bool = False
     max_new_tokens_limit: int | None = None
     has_tokenizer: bool = True
+    segments: int = 0
 
 
 def check_ids(ids: array[int], vocab_size: int) -> None:

@@ -29,6 +29,7 @@ class PooledFacts(msgspec.Struct, frozen=True, kw_only=True):
     kind: "embedding", or "classifier" (of labels, or one label: a reward or a relevance). width: entries of a vector.
     cross_encoder: it judges pairs of texts (/v1/rerank). score_activation: what a pair's score is put through.
     dimensions: lengths that an embedding may be cut to; empty: any; None: the model was not trained for that.
+    segments: kinds of segments that the model tells apart; 0: none.
     """
 
     kind: Literal["embedding", "classifier"]
@@ -36,6 +37,7 @@ class PooledFacts(msgspec.Struct, frozen=True, kw_only=True):
     cross_encoder: bool = False
     score_activation: Literal["identity", "sigmoid", "tanh", "relu"] = "identity"
     dimensions: list[int] | None = None
+    segments: int = 0
 
 
 class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):

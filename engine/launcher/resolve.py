@@ -59,7 +59,7 @@ def resolve(config: ServerConfig) -> Resolved:
         vocab_size=model_config.vocab_size,
         context_length=context_length,
         eos_ids=_eos_ids(model_config, tokenizer),
-        pooled=_pooled(task),
+        pooled=_pooled(task, model_config),
         judges=tokenizer is not None and JUDGE in (read_chat_template(tokenizer, config.chat_template) or ""),
     )
     return Resolved(_filled_in(config, model, model_config, context_length), model, tokenizer, facts, warnings)
@@ -86,7 +86,7 @@ def _check_load_format(config: ServerConfig, model: ModelSource) -> None:
         )
 
 
-def _pooled(task: Task) -> PooledFacts | None:
+def _pooled(task: Task, model: ModelConfig) -> PooledFacts | None:
     if task.kind == "generation":
         return None
     return PooledFacts(
@@ -95,6 +95,7 @@ def _pooled(task: Task) -> PooledFacts | None:
         cross_encoder=task.cross_encoder,
         score_activation=task.score_activation,
         dimensions=None if task.dimensions is None else list(task.dimensions),
+        segments=0 if model.encoder is None else model.encoder.type_vocab_size,
     )
 
 

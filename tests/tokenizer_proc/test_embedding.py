@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from array import array
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from engine.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from engine.wire.sampling import Sampling, TextOptions
@@ -49,8 +51,10 @@ def embed(text: str | None, pair: str | None = None, ids: list[int] | None = Non
     return Embed(key=5, attempt=2, rid="r", text=text, pair=pair, input_ids=packed, **changes)
 
 
-def admitted(message: Embed, tokenizer: Tokenizer | None, context: int, *, cut: bool = False) -> Admit:
-    outcome = admit(message, tokenizer, Bounds(VOCAB, context, auto_truncate=cut))
+def admitted(
+    message: Embed, tokenizer: Tokenizer | None, context: int, *, cut: bool = False, segments: int = 2
+) -> Admit:
+    outcome = admit(message, tokenizer, Bounds(VOCAB, context, auto_truncate=cut, segments=segments))
     assert not isinstance(outcome, Ended), outcome
     accepted, one = outcome
     assert accepted == Accepted(5, 2, one.input_ids)
@@ -58,7 +62,7 @@ def admitted(message: Embed, tokenizer: Tokenizer | None, context: int, *, cut: 
 
 
 def refused(message: Embed, tokenizer: Tokenizer | None, context: int) -> str:
-    outcome = admit(message, tokenizer, Bounds(VOCAB, context))
+    outcome = admit(message, tokenizer, Bounds(VOCAB, context, segments=2))
     assert isinstance(outcome, Ended) and (outcome.finish.status, outcome.origin) == (400, "door")
     return str(outcome.finish.message)
 
@@ -121,12 +125,23 @@ def test_a_text_without_tokens_is_refused(tmp_path: Path) -> None:
     assert refused(embed(""), plain, 9) == "input_ids cannot be empty."
 
 
+def test_segments_reach_only_models_that_tell_them_apart(tokenizer: Tokenizer) -> None:
+    pair = embed("what is panda?", "hi")
+    for kinds in (0, 1):
+        vector = admitted(pair, tokenizer, 99, segments=kinds).vector
+        assert vector is not None and vector.type_ids == b""
+    backend = byte_level()
+    backend.post_processor = processors.TemplateProcessing(single="$0", pair="$A $B:3", special_tokens=[])
+    odd = dataclasses.replace(tokenizer, backend=backend)
+    assert "names segment 3; valid range for this model is [0, 2)" in refused(pair, odd, 99)
+
+
 def test_over_the_sockets(folder: Path) -> None:
     with running("tokenizer_proc", "tokenizer", source(folder), VOCAB) as (ends, _):
         ends.send(embed("what is panda?", "hi"))
         accepted, one = ends.take("frontend"), ends.take("scheduler")
         assert isinstance(accepted, Accepted) and isinstance(one, Admit) and one.vector is not None
-        assert (accepted.input_ids, len(one.vector.type_ids) * 4) == (one.input_ids, len(one.input_ids))
+        assert (accepted.input_ids, one.vector.type_ids) == (one.input_ids, b""), "the launch tells of no segments"
         ends.send(embed(LONG))
         ended = ends.take("frontend")
         assert isinstance(ended, Ended) and "context length (64 tokens)" in str(ended.finish.message)
