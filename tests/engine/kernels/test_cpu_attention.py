@@ -17,7 +17,6 @@ from plans import BF16, BFLOAT16_STEP, F16, F32, batch_of, buffer, check_close, 
 from engine.kernels import _cpu, reference
 from engine.kernels.packed import DTYPES
 from engine.kernels.record import PANEL
-from engine.kernels.table import RotaryFrequencies
 
 Sequences = list[tuple[int, list[int]]]
 """Of each sequence the number of new tokens, and the slots of its context with them."""
@@ -39,6 +38,7 @@ class Shape:
     group: int = 3
     head_dim: int = 32
     window: int | None = None
+    causal: bool = True
 
     @property
     def heads(self) -> int:
@@ -87,7 +87,7 @@ def attend(
     plan.attention(
         source, keys.data_ptr(), values.data_ptr(), DTYPES[keys.dtype], keys.stride(1) * keys.itemsize,
         keys.stride(0) * keys.itemsize, target, shape.scale, shape.heads, shape.kv_heads, shape.head_dim,
-        shape.window or 0,
+        shape.window or 0, shape.causal,
     )  # fmt: skip
     run_batch(plan, batch_of(sequences))
     return read(plan, target, tokens)
@@ -104,7 +104,7 @@ def check(
     queries = random(seed + 2, batch.num_tokens, shape.heads, shape.head_dim, dtype=dtype)
     found = attend(isa, 2, shape, sequences, queries, layer, out)
 
-    step = reference.begin_step(batch, (RotaryFrequencies(torch.ones(1), 1.0),), shape.kv_heads, (shape.window,))
+    step = reference.begin_step(batch, (), shape.kv_heads, (shape.window,), causal=shape.causal)
     exact_layer = [pool.double() for pool in layer]
     expected = reference.attention(queries.double(), *exact_layer, shape.scale, shape.window, step)
     largest = float(exact_layer[1].nan_to_num().abs().max())
@@ -156,6 +156,44 @@ def test_any_company(
     isa: str, dtype: torch.dtype, pool_dtype: torch.dtype, trunk: int, branches: Any, seed: int, **shape: Any
 ) -> None:
     check(isa, dtype, pool_dtype, Shape(**shape), forked(trunk, branches, seed), seed)
+
+
+@kinds
+@settings(max_examples=12, deadline=None)
+@given(
+    lengths=st.lists(st.sampled_from([1, 1, 2, 9, 12, 33, 97, 127, 128, 129, 300]), min_size=1, max_size=8),
+    kv_heads=st.integers(1, 3), group=st.integers(1, 3), head_dim=st.sampled_from([5, 20, 32, 64, 80]),
+    seed=st.integers(0, 2**32 - 1),
+)  # fmt: skip
+def test_every_token_sees_all(
+    isa: str, dtype: torch.dtype, pool_dtype: torch.dtype, lengths: list[int], seed: int, **shape: Any
+) -> None:
+    check(isa, dtype, pool_dtype, Shape(causal=False, **shape), separate([(n, 0) for n in lengths], seed), seed)
+
+
+@kinds
+def test_every_token_of_long_and_of_many_sequences_sees_all(
+    isa: str, dtype: torch.dtype, pool_dtype: torch.dtype
+) -> None:
+    for lengths in ([1200, 3, 5, 513], [7 + 13 * i % 20 for i in range(60)]):
+        sequences = separate([(n, 0) for n in lengths])
+        check(isa, dtype, pool_dtype, Shape(2, 1, 32, causal=False), sequences, alone=5)
+
+
+def test_all_that_is_seen_against_a_naive_softmax() -> None:
+    shape, sequences = Shape(2, 2, 16, causal=False), separate([(7, 0), (1, 0), (130, 0)])
+    layer, batch = pools(shape, F32, 200, range(200), 1), batch_of(sequences)
+    queries = random(3, batch.num_tokens, shape.heads, shape.head_dim)
+    expected = torch.zeros(batch.num_tokens, shape.heads, shape.head_dim, dtype=torch.float64)
+    for number, (_, slots) in enumerate(sequences):
+        rows = slice(*batch.query_starts[number : number + 2])
+        for head in range(shape.heads):
+            keys, values = (pool[head // shape.group, slots].double() for pool in layer)
+            weights = (queries[rows, head].double() @ keys.T * shape.scale).softmax(dim=-1)
+            expected[rows, head] = weights @ values
+    for isa in ISAS:
+        found = attend(isa, 2, shape, sequences, queries, layer, F32)
+        check_close(found, expected.flatten(1), 1e-5)
 
 
 @kinds

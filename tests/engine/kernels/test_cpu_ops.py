@@ -196,24 +196,27 @@ def check_rotary(
     isa: str, dtypes: tuple[torch.dtype, torch.dtype], tokens: int, kv_heads: int, group: int, head_dim: int, half: int,
     normed: bool, seed: int,
 ) -> None:  # fmt: skip
+    """half: 0: nothing is rotated."""
     query_dtype, pool_dtype = dtypes
     heads = kv_heads * group
     generator = torch.Generator().manual_seed(seed)
     slots = torch.randperm(tokens + 5, generator=generator)[:tokens]
     positions = torch.randint(30_000, (tokens,), generator=generator)
     qkv = random(seed, tokens, (heads + 2 * kv_heads) * head_dim) * 2
-    rotary = RotaryFrequencies(random(seed + 1, half).abs(), 1.25)
+    rotary = RotaryFrequencies(random(seed + 1, max(half, 1)).abs(), 1.25)
     norms = [random(seed + 2 + i, head_dim) if normed else None for i in range(2)]
     # Two layers' pools in one: strides are the caller's.
     pools = [torch.full((kv_heads, 2, tokens + 5, head_dim), 9.0, dtype=pool_dtype) for _ in range(2)]
     keys, values = (pool[:, 1] for pool in pools)
     plan = _cpu.Plan(team(isa), isa)
     padded = -(-head_dim // PANEL) * PANEL
-    source, cosines, sines = buffer(plan, qkv.shape[1], F32, qkv), buffer(plan, half), buffer(plan, half)
+    source = buffer(plan, qkv.shape[1], F32, qkv)
+    cosines, sines = (buffer(plan, half) if half else None for _ in range(2))
     queries = buffer(plan, heads * padded, query_dtype)
     vectors = [None if v is None else padded_vector(v) for v in norms]
     addresses = [0 if v is None else v.data_ptr() for v in vectors]
-    plan.angles(rotary.inverse.data_ptr(), half, rotary.factor, cosines, sines)
+    if cosines is not None and sines is not None:
+        plan.angles(rotary.inverse.data_ptr(), half, rotary.factor, cosines, sines)
     plan.rotary_store(
         source, cosines, sines, queries, addresses[0], addresses[1], EPS, keys.data_ptr(), values.data_ptr(),
         DTYPES[pool_dtype], keys.stride(1) * keys.itemsize, keys.stride(0) * keys.itemsize, heads, kv_heads, head_dim,
@@ -226,7 +229,7 @@ def check_rotary(
     exact_norms = [None if v is None else v.double() for v in norms]
     step = reference.begin_step(batch, (rotary,), kv_heads, (None,))
     expected = reference.rotary_store(
-        qkv.double(), exact_norms[0], exact_norms[1], EPS, expected_keys, expected_values, 0, step
+        qkv.double(), exact_norms[0], exact_norms[1], EPS, expected_keys, expected_values, 0 if half else None, step
     )
     steps = {F32: 0.0, BF16: BFLOAT16_STEP, F16: 2.0**-11}
     found = read(plan, queries, tokens).view(tokens, heads, padded)
@@ -249,7 +252,7 @@ def check_rotary(
     head_dim=st.sampled_from(HEAD_DIMS), normed=st.booleans(), data=st.data(),
 )  # fmt: skip
 def test_rotary_and_store(isa: str, query_dtype: torch.dtype, pool_dtype: torch.dtype, data: Any, **sizes: Any) -> None:
-    half = data.draw(st.integers(1, sizes["head_dim"] // 2), "half")
+    half = data.draw(st.integers(0, sizes["head_dim"] // 2), "half")
     check_rotary(isa, (query_dtype, pool_dtype), half=half, seed=data.draw(SEEDS, "seed"), **sizes)
 
 
