@@ -32,6 +32,7 @@ class Entry:
     asked_rid: what the client called it, where the item has a rid of its own (parallel samples).
     texts, output_ids, logprobs: what has come so far; `logprobs` has a row a token, and one without a token for a
     request of 0 new tokens. logprob_texts: text of each id that the logprobs name, if asked.
+    weight_version: of the weights that computed the newest output; empty until there is some.
     probe: the server's own request (health, warm-up), which no client can see or abort.
     followers: entries that are sent once this one has ended well.
     """
@@ -39,7 +40,7 @@ class Entry:
     __slots__ = (
         "arrived", "asked_rid", "attempt", "cached_tokens", "due", "finish", "finished", "followers", "generate",
         "index", "input_logprobs", "key", "logprob_texts", "logprobs", "notify", "origin", "output_ids", "probe",
-        "prompt_ids", "prompt_tokens", "retractions", "sent", "texts",
+        "prompt_ids", "prompt_tokens", "retractions", "sent", "texts", "weight_version",
     )  # fmt: skip
 
     def __init__(
@@ -73,6 +74,7 @@ class Entry:
         self.output_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.retractions = 0
+        self.weight_version = ""
         self.finish: Finish | None = None
         self.origin = "scheduler"
 
@@ -178,6 +180,7 @@ class Journal:
                     entries[key].retractions = times
         finished = step.finished
         logprobs = step.logprobs
+        version = step.weight_version
         row = -1
         for key, attempt, text, token in zip(step.keys, step.attempts, step.texts, step.tokens, strict=True):
             row += 1
@@ -186,6 +189,7 @@ class Journal:
                 continue
             if text:
                 entry.texts.append(text)
+            entry.weight_version = version
             output_ids = entry.output_ids
             if token >= 0:
                 output_ids.append(token)

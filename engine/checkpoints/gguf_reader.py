@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from engine.checkpoints.gguf_file import KINDS, GgufTensor, read_gguf_header
 from engine.checkpoints.gguf_split import split_files
 from engine.checkpoints.mapped_file import MappedFile, as_floats
 from engine.checkpoints.model_config import ModelConfig
+from engine.checkpoints.plain_file import WeightFile
 from engine.checkpoints.weights import row_ranges
 
 # ggml's name → Hugging Face's, for the families that are served.
@@ -52,7 +53,7 @@ def hugging_face_name(ggml_name: str) -> str:
 class _Source:
     """head_rows: rows of a head, where the file has them in ggml's rotary order; None: rows are as they should."""
 
-    file: MappedFile
+    file: WeightFile
     where: str
     tensor: GgufTensor
     head_rows: int | None
@@ -61,7 +62,7 @@ class _Source:
 class GgufReader:
     """A WeightReader over a GGUF model in one or several files."""
 
-    def __init__(self, path: Path, config: ModelConfig) -> None:
+    def __init__(self, path: Path, config: ModelConfig, open_file: Callable[[Path], WeightFile] = MappedFile) -> None:
         """Open the files; no tensor is read. Raises CheckpointError for files that are missing or damaged."""
         self._sources: dict[str, _Source] = {}
         files = split_files(path)
@@ -76,15 +77,15 @@ class GgufReader:
                 )
             if number == 0:
                 permuted = header.metadata.get("general.architecture") == "llama"
-            mapped = MappedFile(file) if header.tensors else None
+            opened = open_file(file) if header.tensors else None
             for name, tensor in header.tensors.items():
-                if name == ROPE_FACTORS or mapped is None:
+                if name == ROPE_FACTORS or opened is None:
                     continue
                 # llama.cpp's rotary embedding turns neighbours, transformers' the two halves of a head; files of this
                 # one architecture have the rows of q and k reordered so that both mean the same.
                 rotary = permuted and re.search(r"\.attn_[qk]\.(weight|bias)$", name) is not None
                 self._add(
-                    hugging_face_name(name), _Source(mapped, str(file), tensor, config.head_dim if rotary else None)
+                    hugging_face_name(name), _Source(opened, str(file), tensor, config.head_dim if rotary else None)
                 )
 
     def _add(self, name: str, source: _Source) -> None:
@@ -105,16 +106,22 @@ class GgufReader:
         entries = KINDS[tensor.kind][1] if len(tensor.shape) == 1 else 1
         rows = tensor.shape[0] // entries if tensor.shape else 1
         columns = math.prod(tensor.shape) // rows
-        data = source.file.bytes_at(tensor.offset, tensor.size).view(rows, -1)
+        row_bytes = tensor.size // rows
+        # Rows that change places are read all at once: those of a piece lie all over the tensor.
+        data = None if order is None else source.file.bytes_at(tensor.offset, tensor.size).view(rows, -1)
         scratch = torch.empty(0)
         for start, stop in row_ranges((rows, columns)):
-            encoded = data[start:stop] if order is None else data.index_select(0, order[start:stop])
+            if data is None or order is None:
+                encoded = source.file.bytes_at(tensor.offset + start * row_bytes, (stop - start) * row_bytes)
+                encoded = encoded.view(stop - start, -1)
+            else:
+                encoded = data.index_select(0, order[start:stop])
             if encoded.shape[0] > scratch.shape[0]:
                 scratch = torch.empty((encoded.shape[0], columns))
             values = _decoded(source, encoded, scratch[: encoded.shape[0]])
             yield start * entries, values.view(-1, *tensor.shape[1:])
             if order is None:
-                source.file.forget(tensor.offset + start * data.shape[1], encoded.numel())
+                source.file.forget(tensor.offset + start * row_bytes, encoded.numel())
         source.file.forget(tensor.offset, tensor.size)
 
 

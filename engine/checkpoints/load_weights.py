@@ -12,7 +12,9 @@ import torch
 
 from engine.checkpoints.errors import CheckpointError
 from engine.checkpoints.gguf_reader import GgufReader
+from engine.checkpoints.mapped_file import MappedFile
 from engine.checkpoints.model_config import ModelConfig
+from engine.checkpoints.plain_file import PlainFile
 from engine.checkpoints.safetensors_reader import SafetensorsReader
 from engine.checkpoints.weights import Place, WeightReader, row_ranges
 from engine.config import ModelSource
@@ -22,11 +24,16 @@ _SHOWN = 8
 _RANDOM_BOUND = 0.02 * 3**0.5
 
 
-def open_weights(source: ModelSource, config: ModelConfig) -> WeightReader:
-    """Open a checkpoint's weights; no tensor is read yet. Raises CheckpointError."""
+def open_weights(source: ModelSource, config: ModelConfig, *, mapped: bool = True) -> WeightReader:
+    """Open a checkpoint's weights; no tensor is read yet. Raises CheckpointError.
+
+    mapped: read through mapped pages, which is quickest; else by calls, which raise where a file has been cut short
+    (see `PlainFile`).
+    """
+    open_file = MappedFile if mapped else PlainFile
     if source.kind == "gguf":
-        return GgufReader(Path(source.path), config)
-    return SafetensorsReader(Path(source.path))
+        return GgufReader(Path(source.path), config, open_file)
+    return SafetensorsReader(Path(source.path), open_file)
 
 
 def load_weights(
@@ -45,8 +52,22 @@ def load_weights(
 
     Raises CheckpointError, before anything is copied, when tensors are missing, extra or misshapen, and names them.
     """
+    check_fit(reader, places, ignore)
+    copy_weights(reader, places, progress=progress, threads=threads)
+
+
+def copy_weights(
+    reader: WeightReader,
+    places: Mapping[str, Place],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    threads: int = 2,
+) -> None:
+    """The second half of `load_weights`, for a checkpoint that `check_fit` has passed.
+
+    Raises CheckpointError for what cannot be read; some of the places are filled then, and some are not.
+    """
     shapes = reader.shapes()
-    _check_fit(shapes, places, ignore)
     total = sum(place.nbytes for place in places.values())
     done = 0
     if progress is not None:
@@ -72,7 +93,10 @@ def _copy(reader: WeightReader, name: str, place: Place) -> None:
         place.write(start, rows)
 
 
-def _check_fit(shapes: Mapping[str, tuple[int, ...]], places: Mapping[str, Place], ignore: Iterable[str]) -> None:
+def check_fit(reader: WeightReader, places: Mapping[str, Place], ignore: Iterable[str] = ()) -> None:
+    """Raise CheckpointError, which names the tensors, unless `reader` has each place's tensor in its shape, and no
+    others but those that `ignore` matches. No tensor is read."""
+    shapes = reader.shapes()
     patterns = [re.compile(pattern) for pattern in ignore]
     extra = [name for name in shapes if name not in places and not any(p.search(name) for p in patterns)]
     missing = [name for name in places if name not in shapes]
@@ -88,6 +112,12 @@ def _check_fit(shapes: Mapping[str, tuple[int, ...]], places: Mapping[str, Place
     ]
     if problems:
         raise CheckpointError(f"the checkpoint does not fit its config; tensors that are {'; '.join(problems)}")
+
+
+def check_readable(reader: WeightReader, places: Mapping[str, Place]) -> None:
+    """Raise CheckpointError for a tensor of a type that is not read, by reading the first piece of each."""
+    for name in places:
+        next(reader.pieces(name), None)
 
 
 def random_weights(places: Mapping[str, Place], seed: int) -> None:
