@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from pathlib import Path
 from typing import Protocol
@@ -16,7 +17,8 @@ class WeightFile(Protocol):
     """What a reader of weights needs of a file."""
 
     def bytes_at(self, offset: int, size: int) -> torch.Tensor:
-        """uint8 [size]; the range was within the file when it was opened. Never to be written to."""
+        """uint8 [size], perhaps only until the next call; the range was within the file when it was opened. Never to be
+        written to."""
         ...
 
     def forget(self, offset: int, size: int) -> None:
@@ -25,7 +27,7 @@ class WeightFile(Protocol):
 
 
 class PlainFile:
-    """The bytes of a file as torch tensors of their own.
+    """The bytes of a file, copied into a buffer that each thread has of its own and uses again and again.
 
     Slower than a `MappedFile`, but a file that somebody cuts short meanwhile, or a disk that fails, is an error
     here: of mapped pages it would be a signal that ends the process.
@@ -39,10 +41,12 @@ class PlainFile:
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
         weakref.finalize(self, os.close, self._descriptor)
+        self._buffers = threading.local()
 
     def bytes_at(self, offset: int, size: int) -> torch.Tensor:
-        """uint8 [size]. Raises CheckpointError for bytes that are not there or cannot be read."""
-        data = torch.empty(size, dtype=torch.uint8)
+        """uint8 [size], valid until this thread asks for others. Raises CheckpointError for bytes that are not there or
+        cannot be read."""
+        data = self._buffer(size)
         view = data.numpy().data
         done = 0
         while done < size:
@@ -58,4 +62,10 @@ class PlainFile:
         return data
 
     def forget(self, offset: int, size: int) -> None:
-        """Nothing: the bytes are memory of whoever holds them."""
+        """Nothing: the buffer is used again anyway."""
+
+    def _buffer(self, size: int) -> torch.Tensor:
+        buffer: torch.Tensor | None = getattr(self._buffers, "bytes", None)
+        if buffer is None or len(buffer) < size:
+            buffer = self._buffers.bytes = torch.empty(size, dtype=torch.uint8)
+        return buffer[:size]
