@@ -87,6 +87,15 @@ class Weights:
 
     def prepare(self, model_path: str, load_format: str | None) -> Prepared:
         """Find a checkpoint, open it and make sure that it fits. Raises RefusedUpdateError."""
+        try:
+            return self._prepare(model_path, load_format)
+        except RefusedUpdateError:
+            raise
+        except Exception as error:  # whatever is wrong with somebody's files must not end the server
+            logger.exception("Unexpected: %s could not be opened", model_path)
+            raise RefusedUpdateError(f"Failed to get weights iterator: {_clause(error)}.") from error
+
+    def _prepare(self, model_path: str, load_format: str | None) -> Prepared:
         started = time.monotonic()
         wanted = self._format(load_format)
         try:

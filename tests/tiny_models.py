@@ -6,11 +6,13 @@ mask, rotation or bias shows in the logits.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizer_models import byte_level, write_folder
 from transformers import (
     AutoModelForCausalLM,
@@ -21,6 +23,8 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+Tensors = dict[str, torch.Tensor]
 
 SHAPE = {"num_hidden_layers": 3, "max_position_embeddings": 1024, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -47,6 +51,19 @@ def tiny_qwen3(path: Path, **overrides: Any) -> Path:
     """Qwen3ForCausalLM, 6 heads over 2 that are wider than hidden / heads, no window, untied."""
     shape = {"hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 6, "num_key_value_heads": 2}
     return _write(path, Qwen3Config, {**shape, "head_dim": 12, **overrides})
+
+
+def upside_down(path: Path, target: Path) -> Path:
+    """A checkpoint of the same shapes and other numbers: each tensor's rows in reverse order."""
+    return rewritten(path, target, lambda tensors: {name: tensor.flip(0) for name, tensor in tensors.items()})
+
+
+def rewritten(path: Path, target: Path, change: Callable[[Tensors], Tensors]) -> Path:
+    """A copy of a checkpoint whose tensors are what `change` makes of the dictionary of them."""
+    shutil.copytree(path, target)
+    tensors = {name: tensor.contiguous() for name, tensor in change(load_file(path / "model.safetensors")).items()}
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    return target
 
 
 def load_oracle(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

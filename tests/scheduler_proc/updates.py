@@ -1,16 +1,14 @@
-"""A scheduler in this process whose weights can be updated, and checkpoints to update them from."""
+"""A scheduler in this process whose weights can be updated."""
 
 from __future__ import annotations
 
 import hashlib
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from backends import backend
-from safetensors.torch import load_file, save_file
 from simulation import Sent, scheduler_over
 
 from engine.checkpoints.load_weights import load_weights, open_weights, random_weights
@@ -103,16 +101,3 @@ def digest(model: Model, only: str = "") -> str:
     for name in sorted(name for name in model.places if only in name):
         found.update(model.places[name].read().view(torch.uint8).numpy())
     return found.hexdigest()
-
-
-def upside_down(path: Path, target: Path) -> Path:
-    """A checkpoint of the same shapes and other numbers: each tensor's rows in reverse order."""
-    return rewritten(path, target, lambda tensors: {name: tensor.flip(0) for name, tensor in tensors.items()})
-
-
-def rewritten(path: Path, target: Path, change: Any) -> Path:
-    """A copy of a checkpoint whose tensors are what `change` makes of the dictionary of them."""
-    shutil.copytree(path, target)
-    tensors = {name: tensor.contiguous() for name, tensor in change(load_file(path / "model.safetensors")).items()}
-    save_file(tensors, target / "model.safetensors", {"format": "pt"})
-    return target
