@@ -104,6 +104,22 @@ async def _drive(server: LiveServer, checkpoints: list[Path], prompts: list[list
     return answers, paused
 
 
+def _check_cache_and_refusal(http: httpx.Client, prompt: list[int], path: str) -> None:
+    """A failed update changes nothing, not even the cache; one that succeeds leaves no cached prefix."""
+    ask = {"input_ids": prompt, "sampling_params": greedy(1)}
+    http.post("/generate", json=ask)
+    wrong = "qwen/qwen2.5-0.5b-instruct-wrong"
+    before = http.get("/model_info").json()
+    failed = http.post("/update_weights", json={"model_path": wrong, "weight_version": "never"})
+    message = f"Failed to get weights iterator: {wrong} (repository not found)."
+    assert failed.status_code == 400
+    assert failed.json() == {"success": False, "message": message, "num_paused_requests": 0}
+    assert http.get("/model_info").json() == before
+    assert http.post("/generate", json=ask).json()["meta_info"]["cached_tokens"] == len(prompt) - 1
+    assert http.post("/update_weights", json={"model_path": path}).json()["success"]
+    assert http.post("/generate", json=ask).json()["meta_info"]["cached_tokens"] == 0
+
+
 def test_updates_under_load(tmp_path: Path) -> None:
     first = tiny_llama(tmp_path / "first")
     checkpoints = [first, upside_down(first, tmp_path / "second")]
@@ -111,12 +127,13 @@ def test_updates_under_load(tmp_path: Path) -> None:
     shared = [source.randrange(3, 400) for _ in range(40)]
     prompts = [shared[: 10 * (number % 5)] + [source.randrange(3, 400) for _ in range(15)] for number in range(8)]
     flags = ("--dtype", "float32", "--weight-version", str(first), "--log-level", "warning")
-    with running_server(*flags, model=first, env={"TOKENMILL_STRICT": "1"}) as server:
+    with running_server(*flags, model=first, env={"TOKENMILL_STRICT": "1", "HF_HUB_OFFLINE": "1"}) as server:
         answers, paused = asyncio.run(_drive(server, checkpoints, prompts))
         with httpx.Client(base_url=server.url, timeout=30, trust_env=False) as http:
             state = http.get("/server_info").json()["internal_states"][0]
             assert state["num_running_reqs"] == state["num_waiting_reqs"] == state["num_used_tokens"] == 0
             assert http.get("/v1/models").json()["data"][0]["id"] == str(checkpoints[1])
+            _check_cache_and_refusal(http, prompts[4], str(first))
     assert all(last["meta_info"]["finish_reason"]["type"] == "length" for _, last in answers + paused)
     assert all(len(last["output_ids"]) == 400 for _, last in paused)
     # Every answer of a version to a prompt is the same, and it is what transformers says of that checkpoint.

@@ -1,4 +1,4 @@
-"""Checkpoints that cannot take the place of what serves: each is refused in the contract's words, and touches nothing."""
+"""Checkpoints that cannot take the place of what serves: refused in the contract's words, and nothing is touched."""
 
 from __future__ import annotations
 
