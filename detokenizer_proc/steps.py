@@ -68,8 +68,9 @@ class StepDecoder:
         if len(dropped) == len(step.keys) and not begun:
             return None, ended
         whole = TextStep(
-            begun, step.keys, attempts, texts, tokens, finished, step.logprobs, logprob_texts, step.retracted
-        )
+            begun, step.keys, attempts, texts, tokens, finished, step.logprobs, logprob_texts, step.retracted,
+            step.weight_version,
+        )  # fmt: skip
         return (_without(whole, dropped) if dropped else whole), ended
 
     def _open(self, opened: Opened) -> Begun:
@@ -142,4 +143,5 @@ def _without(step: TextStep, dropped: set[int]) -> TextStep:
         {number[row]: value for row, value in step.logprobs.items() if row in number},
         {number[row]: value for row, value in step.logprob_texts.items() if row in number},
         step.retracted,
+        step.weight_version,
     )

@@ -35,6 +35,7 @@ class AnswerStyle(msgspec.Struct, frozen=True, kw_only=True):
 
     with_text: false with --skip-tokenizer-init. with_prompt: add `prompt_token_ids`.
     incremental: text, ids and output logprobs are deltas. indexed: a stream of several items, so chunks carry `index`.
+    weight_version: of the weights that served when the call came, for items that nothing was computed of.
     """
 
     with_text: bool
@@ -57,6 +58,7 @@ class Writer:
         self._with_prompt = style.with_prompt
         self._open = b'"index":%d,' % entry.index if style.indexed else b""
         self._id = _encode(generate.rid)
+        self._version = style.weight_version
         self._weight_version = _encode(style.weight_version)
         self._texts_seen = 0
         self._ids_seen = 0
@@ -89,6 +91,9 @@ class Writer:
             self._texts_seen = len(texts)
         elif self._incremental:
             self._text = b""
+        if entry.weight_version != self._version and entry.weight_version:
+            self._version = entry.weight_version
+            self._weight_version = _encode(entry.weight_version)
         finish = entry.finish
         extra = b"" if self._logprobs is None else self._logprobs.fields()
         if finish is not None:

@@ -26,6 +26,7 @@ from http_frontend.info import Info
 from http_frontend.rerank import plan_rerank
 from http_frontend.score import plan_score
 from http_frontend.text import Text
+from http_frontend.weights import WeightRoutes
 from http_frontend.whole_call import WholeCall
 
 
@@ -67,7 +68,7 @@ def _routes(frontend: Frontend) -> list[Route]:
         _route("/health", health.health, "GET"),
         _route("/health_generate", health.health_generate, "GET"),
         _route("/ready", health.ready, "GET"),
-        _route("/ping", health.ready, "GET"),
+        _route("/ping", health.ping, "GET"),
         _route("/v1/models", info.models, "GET"),
         _route("/v1/models/{id:path}", info.model, "GET"),
         _route("/model_info", info.model_info, "GET"),
@@ -81,6 +82,18 @@ def _routes(frontend: Frontend) -> list[Route]:
         _route("/detokenize", text.detokenize, "POST"),
         _route("/v1/detokenize", text.detokenize, "POST"),
         _route("/", info.root, "GET", "HEAD"),
+        *_weight_routes(WeightRoutes(frontend)),
+    ]
+
+
+def _weight_routes(weights: WeightRoutes) -> list[Route]:
+    return [
+        _route("/update_weights_from_disk", weights.update_from_disk, "POST"),
+        _route("/update_weights", weights.update_from_disk, "POST"),
+        _route("/update_weight_version", weights.update_version, "POST"),
+        _route("/get_weights_by_name", weights.get_by_name, "GET", "POST"),
+        _route("/pause_generation", weights.pause, "POST"),
+        _route("/continue_generation", weights.resume, "POST"),
     ]
 
 

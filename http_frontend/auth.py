@@ -10,7 +10,18 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from http_frontend.errors import json_response
 
-ADMIN_PATHS = frozenset({"/flush_cache", "/abort_request"})
+ADMIN_PATHS = frozenset(
+    {
+        "/flush_cache",
+        "/abort_request",
+        "/update_weights_from_disk",
+        "/update_weights",
+        "/update_weight_version",
+        "/get_weights_by_name",
+        "/pause_generation",
+        "/continue_generation",
+    }
+)
 """Routes that the admin key guards."""
 
 _OPEN_PREFIXES = ("/health", "/ready", "/metrics")

@@ -36,7 +36,8 @@ class Control:
         timeout = _timeout(request.query_params.get("timeout"))
         if self._flushing:
             return text_response("Another flush_cache is already in progress.", 400)
-        if timeout == 0 and len(self._frontend.journal):
+        # Of a server that is paused only the scheduler knows whether requests hold on to the cache.
+        if timeout == 0 and len(self._frontend.journal) and not self._frontend.paused:
             return text_response("Flush cache failed.\n", 400)
         self._flushing = True
         try:

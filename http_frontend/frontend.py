@@ -8,11 +8,13 @@ import random
 import time
 from typing import Any
 
+import msgspec
 import zmq
 
 from engine.config import RunConfig
 from engine.wire.lifecycle import Drain, Limits, Serving
 from engine.wire.results import Finish
+from engine.wire.weights import Paused, WeightsUpdated
 from http_frontend.defaults import read_preferred
 from http_frontend.errors import RefusedError
 from http_frontend.items import Desk
@@ -30,6 +32,7 @@ class Frontend:
     """One frontend. `start` must run on the event loop that serves.
 
     ended: resolves when a drain is over, or with the error that ends the process.
+    run: the launch's, with the names of the model that serves now. paused: nothing is computed for now.
     warm: `/health` may be 200. startup_seconds: from the launch until then.
     """
 
@@ -46,6 +49,7 @@ class Frontend:
             is_running=self.journal.is_running,
         )
         self.weight_version = run.server.weight_version
+        self.paused = False
         self.warm = False
         self.draining = False
         self.startup_seconds = 0.0
@@ -60,6 +64,7 @@ class Frontend:
         self.ring.on_scheduler = self.pulse.beat
         self.ring.on_serving = self._serving
         self.ring.on_drain = lambda message: self._spawn(self._drain(message))
+        self.ring.on_weights = self._weights
         self.ring.on_failure = self._fail
         self.ring.open(loop)
 
@@ -86,6 +91,23 @@ class Frontend:
     def _fail(self, error: BaseException) -> None:
         if not self.ended.done():
             self.ended.set_exception(error)
+
+    def _weights(self, message: WeightsUpdated | Paused) -> None:
+        """After an update the model goes by its new name everywhere; the tokenizer is the launch's all along."""
+        self.paused = message.paused
+        if isinstance(message, Paused):
+            return
+        self.weight_version = message.weight_version
+        path, run = message.model_path, self.run
+        if path is not None:
+            tokenizer_path = run.server.tokenizer_path or run.model.name
+            self.run = msgspec.structs.replace(
+                run,
+                model=msgspec.structs.replace(run.model, name=path),
+                server=msgspec.structs.replace(
+                    run.server, model_path=path, served_model_name=path, tokenizer_path=tokenizer_path
+                ),
+            )
 
     def _serving(self, message: Serving) -> None:
         if not self.limits.done():

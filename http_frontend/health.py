@@ -29,12 +29,15 @@ class Health:
     async def health_generate(self, _request: Request) -> Response:
         if not self._frontend.up:
             return _up(False)
-        alive = await self._frontend.pulse.felt_within(self._seconds)
+        alive = await self._frontend.pulse.felt_within(self._seconds, probe=not self._frontend.paused)
         if not alive:
             log.error("health check: no sign of life from the scheduler within %g s", self._seconds)
         return _up(alive and self._frontend.up)
 
     async def ready(self, _request: Request) -> Response:
+        return _up(self._frontend.up and not self._frontend.paused)
+
+    async def ping(self, _request: Request) -> Response:
         return _up(self._frontend.up)
 
 

@@ -37,8 +37,8 @@ class Entry:
     asked_rid: what the client called it, where the item has a rid of its own (parallel samples).
     texts, output_ids, logprobs: what has come so far; `logprobs` has a row a token, and one without a token for a
     request of 0 new tokens. logprob_texts: text of each id that the logprobs name, if asked.
-    vector, hidden: the answer to an `Embed` and its pooled hidden state, if asked (float32, little-endian);
-    weight_version: of the weights that computed them.
+    vector, hidden: the answer to an `Embed` and its pooled hidden state, if asked (float32, little-endian).
+    weight_version: of the weights that computed the newest output; empty until there is some.
     probe: the server's own request (health, warm-up), which no client can see or abort.
     followers: entries that are sent once this one has ended well.
     """
@@ -81,8 +81,8 @@ class Entry:
         self.logprobs: list[TokenLogprobs] = []
         self.vector = b""
         self.hidden = b""
-        self.weight_version: str | None = None
         self.retractions = 0
+        self.weight_version = ""
         self.finish: Finish | None = None
         self.origin = "scheduler"
 
@@ -188,6 +188,7 @@ class Journal:
                     entries[key].retractions = times
         finished = step.finished
         logprobs = step.logprobs
+        version = step.weight_version
         row = -1
         for key, attempt, text, token in zip(step.keys, step.attempts, step.texts, step.tokens, strict=True):
             row += 1
@@ -196,6 +197,7 @@ class Journal:
                 continue
             if text:
                 entry.texts.append(text)
+            entry.weight_version = version
             output_ids = entry.output_ids
             if token >= 0:
                 output_ids.append(token)

@@ -40,16 +40,19 @@ class Pulse:
             self._next_beat.set_result(None)
             self._next_beat = None
 
-    async def felt_within(self, seconds: float) -> bool:
-        """Probe, and wait for any message of the scheduler; when a second brings none, ask it for its state as well."""
+    async def felt_within(self, seconds: float, *, probe: bool = True) -> bool:
+        """Probe, and wait for any message of the scheduler; when a second brings none, ask it for its state as well.
+
+        Without `probe`, for a scheduler that computes nothing for now, ask at once.
+        """
         if self._next_beat is None:
             self._next_beat = self._loop.create_future()
-        if not self._probing:
+        if probe and not self._probing:
             self._probing = True
             message = probe_message(self._ring.next_key(), "HEALTH_CHECK", None, 1 if self._generates else None)
             self._ring.journal.submit([Entry(message, self._probed, probe=True)])
         beat = self._next_beat
-        patience = min(_PROBE_SECONDS, seconds / 2)
+        patience = min(_PROBE_SECONDS, seconds / 2) if probe else 0.0
         done, _ = await asyncio.wait({beat}, timeout=patience)
         if done:
             return True

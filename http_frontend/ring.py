@@ -26,11 +26,12 @@ from engine.wire.to_frontend import (
 )
 from engine.wire.to_scheduler import FlushCache, QueryState
 from engine.wire.to_tokenizer import Tokenize, ToTokenizer
+from engine.wire.weights import Paused, WeightControl, WeightRows, WeightsUpdated
 from http_frontend.journal import Journal
 
 log = logging.getLogger(__name__)
 
-Answer = Flushed | State | Tokenized | Detokenized
+Answer = Flushed | State | WeightsUpdated | WeightRows | Paused | Tokenized | Detokenized
 A = TypeVar("A", bound=Answer)
 
 
@@ -38,6 +39,7 @@ class Ring:
     """All sockets of the frontend. To be made and used on one event loop.
 
     on_scheduler: called after any message that the scheduler has caused. on_serving, on_drain: the launcher's word.
+    on_weights: called with what the scheduler says of the weights and of pauses, before the call that waits for it.
     on_failure: called when a message cannot be read or applied, which is a bug: nothing can be trusted any more.
     """
 
@@ -53,6 +55,7 @@ class Ring:
         self.on_scheduler: Callable[[], None] = _ignore
         self.on_serving: Callable[[Serving], None] = _ignore
         self.on_drain: Callable[[Drain], None] = _ignore
+        self.on_weights: Callable[[WeightsUpdated | Paused], None] = _ignore
         self.on_failure: Callable[[BaseException], None] = _ignore
 
     def next_key(self) -> int:
@@ -81,7 +84,7 @@ class Ring:
         """Ask the scheduler for its state, for the sake of `on_scheduler` alone: nobody waits for the answer."""
         self._tokenizer.send(QueryState(self.next_key()))
 
-    async def ask(self, message: Tokenize | FlushCache | QueryState | Detokenize, answer: type[A]) -> A:
+    async def ask(self, message: Tokenize | FlushCache | QueryState | WeightControl | Detokenize, answer: type[A]) -> A:
         """Send a control message and wait for its answer, as long as it takes."""
         future: asyncio.Future[Answer] = self._loop.create_future()
         self._waiting[message.key] = future
@@ -123,11 +126,13 @@ class Ring:
                 self.journal.ended(message)
                 if message.origin == "scheduler":
                     self.on_scheduler()
-            case Flushed() | State() | Tokenized() | Detokenized():
+            case Flushed() | State() | WeightsUpdated() | WeightRows() | Paused() | Tokenized() | Detokenized():
+                if isinstance(message, WeightsUpdated | Paused):
+                    self.on_weights(message)
                 future = self._waiting.get(message.key)
                 if future is not None and not future.done():
                     future.set_result(message)
-                if isinstance(message, Flushed | State):
+                if not isinstance(message, Tokenized | Detokenized):
                     self.on_scheduler()
             case Serving():
                 self.on_serving(message)

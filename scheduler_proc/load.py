@@ -23,6 +23,7 @@ from engine.kernels.table import Backend, Program
 from engine.models.model import Model
 from engine.models.registry import build_model
 from engine.wire.lifecycle import Limits
+from scheduler_proc.weights import Checkpoint, launched_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +40,10 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """A loaded model with its KV pool, and what both allow."""
+    """A loaded model with its KV pool, and what both allow. checkpoint: what the model was filled from."""
 
+    model: Model
+    checkpoint: Checkpoint
     backend: Backend
     program: Program
     task: Task
@@ -60,6 +63,7 @@ def load_engine(config: RunConfig, *, started: float) -> Engine:
     model = build_model(model_config, task, dtype=dtype, backend=backend)
     check_fits(model.weight_bytes, available)
     mark = time.monotonic()
+    checkpoint = launched_checkpoint(config)
     fill_weights(model, config, model_config)
     seconds["weights"] = time.monotonic() - mark
     mark = time.monotonic()
@@ -98,7 +102,7 @@ def load_engine(config: RunConfig, *, started: float) -> Engine:
         limits.kvcache_gb, slots, limits.available_gb,
         ", ".join(f"{name} {spent:.2f} s" for name, spent in seconds.items()),
     )  # fmt: skip
-    return Engine(backend, program, task, model.reads_whole, limits)
+    return Engine(model, checkpoint, backend, program, task, model.reads_whole, limits)
 
 
 def step_budget(server: ServerConfig) -> int:

@@ -46,10 +46,11 @@ class StepRows:
         if request.retractions:
             self.retracted[request.key] = request.retractions
 
-    def message(self) -> StepOutput:
+    def message(self, weight_version: str) -> StepOutput:
         return StepOutput(
-            self.opened, self.keys, self.attempts, self.tokens, self.finished, self.logprobs, self.retracted
-        )
+            self.opened, self.keys, self.attempts, self.tokens, self.finished, self.logprobs, self.retracted,
+            weight_version,
+        )  # fmt: skip
 
 
 def _opened(request: Request, *, row_has_token: bool) -> Opened:

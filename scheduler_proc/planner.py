@@ -62,13 +62,17 @@ class Extend:
 
 @dataclass(slots=True)
 class Planner:
-    """The queues: `waiting` in order of arrival, `running` in order of admission. `preemptions`: since the start."""
+    """The queues: `waiting` in order of arrival, `running` in order of admission. `preemptions`: since the start.
+
+    hold: no request is admitted that has not begun already.
+    """
 
     limits: PlannerLimits
     memory: Memory
     waiting: list[Request] = field(default_factory=list)
     running: list[Request] = field(default_factory=list)
     preemptions: int = 0
+    hold: bool = False
 
     def plan(self) -> tuple[list[Extend], list[Request]]:
         """Plan one step and take its slots. Returns the step and the requests that can never be served (a lone
@@ -178,7 +182,7 @@ class Planner:
 
     def _policy_order(self) -> list[Request]:
         """The waiting requests in the order in which they are to be admitted."""
-        order = list(self.waiting)
+        order = [r for r in self.waiting if r.begun] if self.hold else list(self.waiting)
         if self.limits.longest_prefix_first:
             overdue = time.monotonic() - self.limits.max_wait
             late = [r for r in order if r.arrived_at < overdue]

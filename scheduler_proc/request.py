@@ -64,6 +64,11 @@ class Request:
         return self.admit.key
 
     @property
+    def begun(self) -> bool:
+        """Whether it has ever been admitted: something of it has been computed, though perhaps not delivered."""
+        return self.cached_tokens >= 0
+
+    @property
     def generated(self) -> int:
         """Output tokens so far, those of earlier attempts included."""
         return self.length - self.prompt_length

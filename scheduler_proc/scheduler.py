@@ -16,6 +16,8 @@ from engine.wire.sockets import Inbox, Outbox
 from engine.wire.to_detokenizer import NO_TOKEN, ToDetokenizer
 from engine.wire.to_frontend import Ended, Flushed, State
 from engine.wire.to_scheduler import Abort, Admit, FlushCache, QueryState, StopSeen, ToScheduler
+from engine.wire.weights import PauseGeneration, WeightControl
+from scheduler_proc.generation import Generation
 from scheduler_proc.kv_memory import InvariantError
 from scheduler_proc.outputs import StepRows
 from scheduler_proc.planner import Extend, Planner
@@ -24,6 +26,7 @@ from scheduler_proc.runner import Runner
 from scheduler_proc.sampler import SampledRow, sample
 from scheduler_proc.statistics import Statistics
 from scheduler_proc.vectors import is_finite, vectors_message
+from scheduler_proc.weight_updates import WeightUpdates
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +34,8 @@ NO_PRIORITY = "Using priority is disabled for this server. Please send a new req
 QUEUE_FULL = "The request queue is full."
 OUTRANKED = "The request is aborted by a higher priority request."
 NOT_FINITE = "The vector of this request is not finite: the model's weights or its dtype do not suit it."
+PATIENCE = 0.01
+"""Seconds between two looks at what no message tells of: the thread of a weight update, the deadline of a flush."""
 OUT_OF_MEMORY = "Out of memory even after retracting all other requests in the decode batch. Aborting the last request."
 
 
@@ -60,6 +65,11 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(slots=True)
 class Scheduler:
+    """updates: None where there are no weights to be updated. first_version: of the weights that serve at first.
+
+    generation: whether steps may be computed, and with which weights.
+    """
+
     settings: SchedulerSettings
     planner: Planner
     runner: Runner
@@ -70,19 +80,41 @@ class Scheduler:
     requests: dict[int, Request] = field(default_factory=dict)
     flushes: list[tuple[FlushCache, float]] = field(default_factory=list)
     arrivals: int = 0
-    weight_version: str = "default"
+    updates: WeightUpdates | None = None
+    first_version: str = "default"
+    generation: Generation = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.generation = Generation(self.planner, self.requests, self.outbox, self.first_version, self.updates)
+
+    @property
+    def weight_version(self) -> str:
+        """Of the weights that serve."""
+        return self.generation.weight_version
 
     def loop(self) -> None:
         """Serve until the process is ended."""
         while True:
-            if not self.requests:
-                self.idle()
-                self.inbox.wait(None)
+            if not self.requests or self.generation.halted:
+                self._rest()
             for message in self.inbox.drain():
                 self.handle(message)
-            if self.requests:
-                self.step()
-            self._answer_flushes()
+            self.turn()
+
+    def turn(self) -> None:
+        """One round of the loop: what is due between steps, and a step if there is anything to compute."""
+        self.generation.update_weights()
+        if self.requests and not self.generation.halted:
+            self.step()
+        self._answer_flushes()
+
+    def _rest(self) -> None:
+        """Wait for a message; not for long where something else may happen as well."""
+        if self.requests or self.flushes or self.generation.updating:
+            self.inbox.wait(PATIENCE)
+        else:
+            self.idle()
+            self.inbox.wait(None)
 
     def idle(self) -> None:
         """What is done each time the last request has left."""
@@ -107,6 +139,13 @@ class Scheduler:
                 self.flushes.append((message, time.monotonic() + timeout))
             case QueryState(key):
                 self.outbox.send(State(key, self.state()))
+            case _:
+                self._control(message)
+
+    def _control(self, message: WeightControl) -> None:
+        if isinstance(message, PauseGeneration) and message.mode == "abort":
+            self._abort(list(self.requests))
+        self.generation.handle(message)
 
     def step(self) -> None:
         """Plan and run one step, and send what it produced."""
@@ -130,7 +169,7 @@ class Scheduler:
                     self._emit(request, row, rows)
                 self.statistics.step(plan, len(sampled), time.perf_counter() - started, self.planner)
         if rows.keys:
-            self.outbox.send(rows.message())
+            self.outbox.send(rows.message(self.weight_version))
 
     def state(self) -> dict[str, Any]:
         """The scheduler's part of `/server_info`, and the counts that health and load routes need."""
@@ -174,7 +213,8 @@ class Scheduler:
         """Put a request into the queue. When that is full a less urgent one may have to leave it."""
         waiting = self.planner.waiting
         most = self.settings.max_queued
-        if most is not None and len(waiting) >= most:
+        # While nothing is computed the queue may grow: nobody is to see an error through a pause.
+        if most is not None and len(waiting) >= most and not self.generation.paused:
             if not self.planner.limits.priorities:
                 return False
             # A preempted request that has produced something already keeps its place: its client reads it.
@@ -201,7 +241,7 @@ class Scheduler:
                 self._drop(request)
                 rows.add(request, finish=Finish("abort", message="Aborted"))
         if rows.keys:
-            self.outbox.send(rows.message())
+            self.outbox.send(rows.message(self.weight_version))
 
     def _end_waiting(self, request: Request, finish: Finish) -> None:
         """End a request that has produced nothing yet."""
@@ -291,7 +331,7 @@ class Scheduler:
 
     def _answer_flushes(self) -> None:
         """Flush if idle, and answer each call that this or its own deadline has settled."""
-        now, idle = time.monotonic(), not self.requests
+        now, idle = time.monotonic(), not self.requests or (self.generation.paused and not self.planner.running)
         due = [flush for flush, deadline in self.flushes if idle or now >= deadline]
         if not due:
             return

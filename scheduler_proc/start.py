@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 
@@ -22,6 +23,10 @@ from scheduler_proc.runner import Runner
 from scheduler_proc.scheduler import Scheduler, SchedulerSettings
 from scheduler_proc.statistics import Statistics
 from scheduler_proc.step_memory import StepMemory
+from scheduler_proc.weight_updates import WeightUpdates
+from scheduler_proc.weights import Weights, WeightsLostError
+
+logger = logging.getLogger(__name__)
 
 NAME = "scheduler"
 
@@ -48,10 +53,15 @@ def main(started: float) -> None:
         inbox=inbox,
         outbox=Outbox(context, config.runtime_dir, "detokenizer"),
         statistics=Statistics(config.server.decode_log_interval),
-        weight_version=config.server.weight_version,
+        updates=WeightUpdates(Weights(engine.model, engine.checkpoint, config)),
+        first_version=config.server.weight_version,
     )
     report_ready(context, config, NAME, engine.limits)
-    scheduler.loop()
+    try:
+        scheduler.loop()
+    except WeightsLostError as error:
+        logger.critical("The scheduler ends: %s", error)
+        sys.exit(1)
 
 
 def memory(config: RunConfig, engine: Engine) -> Memory:

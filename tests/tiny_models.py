@@ -6,11 +6,13 @@ mask, rotation or bias shows in the logits.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizer_models import byte_level, write_folder
 from transformers import (
     AutoModel,
@@ -26,6 +28,8 @@ from transformers import (
     RobertaConfig,
     XLMRobertaConfig,
 )
+
+Tensors = dict[str, torch.Tensor]
 
 SHAPE = {"num_hidden_layers": 3, "max_position_embeddings": 1024, "bos_token_id": 1, "eos_token_id": 2}
 ENCODER_SHAPE = {
@@ -77,6 +81,19 @@ def tiny_roberta(path: Path, auto: Any = AutoModel, **overrides: Any) -> Path:
 def tiny_xlm_roberta(path: Path, auto: Any = AutoModel, **overrides: Any) -> Path:
     """The same of XLMRobertaModel."""
     return _write(path, XLMRobertaConfig, {**ENCODER_SHAPE, "type_vocab_size": 1, **overrides}, auto)
+
+
+def upside_down(path: Path, target: Path) -> Path:
+    """A checkpoint of the same shapes and other numbers: each tensor's rows in reverse order."""
+    return rewritten(path, target, lambda tensors: {name: tensor.flip(0) for name, tensor in tensors.items()})
+
+
+def rewritten(path: Path, target: Path, change: Callable[[Tensors], Tensors]) -> Path:
+    """A copy of a checkpoint whose tensors are what `change` makes of the dictionary of them."""
+    shutil.copytree(path, target)
+    tensors = {name: tensor.contiguous() for name, tensor in change(load_file(path / "model.safetensors")).items()}
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    return target
 
 
 def load_oracle(path: Path, dtype: torch.dtype = torch.float32, auto: Any = AutoModelForCausalLM) -> PreTrainedModel:

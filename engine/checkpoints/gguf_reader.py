@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from engine.checkpoints.gguf_file import KINDS, GgufTensor, read_gguf_header
 from engine.checkpoints.gguf_split import split_files
 from engine.checkpoints.mapped_file import MappedFile, as_floats
 from engine.checkpoints.model_config import ModelConfig
+from engine.checkpoints.plain_file import WeightFile
 from engine.checkpoints.weights import row_ranges
 
 # ggml's name → Hugging Face's, for the families that are served.
@@ -63,7 +64,7 @@ class _Source:
     offset: what the file's values have more than Hugging Face's.
     """
 
-    file: MappedFile
+    file: WeightFile
     where: str
     tensor: GgufTensor
     head_rows: int | None
@@ -73,7 +74,7 @@ class _Source:
 class GgufReader:
     """A WeightReader over a GGUF model in one or several files."""
 
-    def __init__(self, path: Path, config: ModelConfig) -> None:
+    def __init__(self, path: Path, config: ModelConfig, open_file: Callable[[Path], WeightFile] = MappedFile) -> None:
         """Open the files; no tensor is read. Raises CheckpointError for files that are missing or damaged."""
         self._sources: dict[str, _Source] = {}
         files = split_files(path)
@@ -88,16 +89,16 @@ class GgufReader:
                 )
             if number == 0:
                 arch = str(header.metadata.get("general.architecture"))
-            mapped = MappedFile(file) if header.tensors else None
+            opened = open_file(file) if header.tensors else None
             for name, tensor in header.tensors.items():
-                if name == ROPE_FACTORS or mapped is None:
+                if name == ROPE_FACTORS or opened is None:
                     continue
                 # llama.cpp's rotary embedding turns neighbours, transformers' the two halves of a head; files of this
                 # one architecture have the rows of q and k reordered so that both mean the same.
                 rotary = arch == "llama" and re.search(r"\.attn_[qk]\.(weight|bias)$", name) is not None
                 # Gemma's norms scale by 1 + weight, and its files hold that sum.
                 offset = 1.0 if arch == "gemma3" and name.endswith("norm.weight") else 0.0
-                source = _Source(mapped, str(file), tensor, config.head_dim if rotary else None, offset)
+                source = _Source(opened, str(file), tensor, config.head_dim if rotary else None, offset)
                 self._add(hugging_face_name(name, arch), source)
 
     def _add(self, name: str, source: _Source) -> None:
@@ -118,17 +119,23 @@ class GgufReader:
         entries = KINDS[tensor.kind][1] if len(tensor.shape) == 1 else 1
         rows = tensor.shape[0] // entries if tensor.shape else 1
         columns = math.prod(tensor.shape) // rows
-        data = source.file.bytes_at(tensor.offset, tensor.size).view(rows, -1)
+        row_bytes = tensor.size // rows
+        # Rows that change places are read all at once: those of a piece lie all over the tensor.
+        data = None if order is None else source.file.bytes_at(tensor.offset, tensor.size).view(rows, -1)
         scratch = torch.empty(0)
         for start, stop in row_ranges((rows, columns)):
-            encoded = data[start:stop] if order is None else data.index_select(0, order[start:stop])
+            if data is None or order is None:
+                encoded = source.file.bytes_at(tensor.offset + start * row_bytes, (stop - start) * row_bytes)
+                encoded = encoded.view(stop - start, -1)
+            else:
+                encoded = data.index_select(0, order[start:stop])
             if encoded.shape[0] > scratch.shape[0]:
                 scratch = torch.empty((encoded.shape[0], columns))
             values = _decoded(source, encoded, scratch[: encoded.shape[0]])
             values = values.view(-1, *tensor.shape[1:])
             yield start * entries, values - source.offset if source.offset else values
             if order is None:
-                source.file.forget(tensor.offset + start * data.shape[1], encoded.numel())
+                source.file.forget(tensor.offset + start * row_bytes, encoded.numel())
         source.file.forget(tensor.offset, tensor.size)
 
 

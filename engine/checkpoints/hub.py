@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from engine.checkpoints.errors import Lack
 from engine.checkpoints.gguf_split import first_files, part_names
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,16 @@ _PARTS = ("[0-9]*_*/config.json", "[0-9]*_*/*.safetensors")
 
 
 class DownloadError(Exception):
-    """Why a repository could not be downloaded; the caller puts the rest of the story around it."""
+    """Why a repository could not be downloaded; the caller puts the rest of the story around it.
+
+    lack: what the hub has not; None where it has the repository, or might have.
+    unreachable: nobody could be asked.
+    """
+
+    def __init__(self, message: str, lack: Lack | None = None, *, unreachable: bool = False) -> None:
+        super().__init__(message)
+        self.lack = lack
+        self.unreachable = unreachable
 
 
 def is_repository_name(name: str) -> bool:
@@ -88,8 +98,10 @@ def download(
         RevisionNotFoundError,
     )
 
+    asked = False
     try:
         info = HfApi().model_info(repository, revision=revision, timeout=HUB_TIMEOUT)
+        asked = True
         files = wanted(repository, [sibling.rfilename for sibling in info.siblings or []], file_name)
         logger.info("downloading %d files of %s from the hub", len(files), repository)
         paths = [
@@ -98,18 +110,25 @@ def download(
         ]
         _remember_revision(Path(paths[0]).parent, revision or "main", info.sha)
     except OfflineModeIsEnabled:
-        raise DownloadError("downloads are switched off (HF_HUB_OFFLINE)") from None
+        raise DownloadError("downloads are switched off (HF_HUB_OFFLINE)", unreachable=True) from None
     except HFValidationError:
-        raise DownloadError(f"{repository!r} is not a hub id (invalid repository id)") from None
+        raise DownloadError(
+            f"{repository!r} is not a hub id (invalid repository id)", "invalid repository id"
+        ) from None
     except GatedRepoError:
         raise DownloadError("its owner grants access on request only; log in (HF_TOKEN)") from None
     except RepositoryNotFoundError:
-        raise DownloadError("the hub does not have it, or not for you (repository not found)") from None
+        raise DownloadError(
+            "the hub does not have it, or not for you (repository not found)", "repository not found"
+        ) from None
     except RevisionNotFoundError:
-        raise DownloadError(f"it has no revision {revision!r} (revision not found)") from None
+        raise DownloadError(f"it has no revision {revision!r} (revision not found)", "revision not found") from None
     except (HTTPError, OSError) as error:
         reason = str(error).strip().splitlines()
-        raise DownloadError(f"{type(error).__name__}: {reason[0] if reason else 'no reason given'}") from error
+        raise DownloadError(
+            f"{type(error).__name__}: {reason[0] if reason else 'no reason given'}",
+            unreachable=not asked,
+        ) from error
     return Path(paths[0]).parent
 
 

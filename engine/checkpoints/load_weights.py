@@ -14,7 +14,9 @@ import torch
 from engine.checkpoints.architectures import about, canonical_name
 from engine.checkpoints.errors import CheckpointError
 from engine.checkpoints.gguf_reader import GgufReader
+from engine.checkpoints.mapped_file import MappedFile
 from engine.checkpoints.model_config import ModelConfig
+from engine.checkpoints.plain_file import PlainFile
 from engine.checkpoints.safetensors_reader import SafetensorsReader
 from engine.checkpoints.task import Task
 from engine.checkpoints.weights import Place, WeightReader, row_ranges
@@ -25,20 +27,24 @@ _SHOWN = 8
 _RANDOM_BOUND = 0.02 * 3**0.5
 
 
-def open_weights(source: ModelSource, config: ModelConfig, task: Task | None = None) -> WeightReader:
+def open_weights(
+    source: ModelSource, config: ModelConfig, task: Task | None = None, *, mapped: bool = True
+) -> WeightReader:
     """Open a checkpoint's weights under the names that the model of `config` knows them by; no tensor is read yet.
 
-    task: with it, also the weights of the dense modules behind the model. Raises CheckpointError.
+    task: with it, also the weights of the dense modules behind the model. mapped: read through mapped pages, which is
+    quickest; else by calls, which raise where a file has been cut short (see `PlainFile`). Raises CheckpointError.
     """
+    open_file = MappedFile if mapped else PlainFile
     if source.kind == "gguf":
-        return GgufReader(Path(source.path), config)
+        return GgufReader(Path(source.path), config, open_file)
     folder = Path(source.path)
-    main = SafetensorsReader(folder)
+    main = SafetensorsReader(folder, open_file)
     prefix = about(config.architecture).prefix
     bare = is_bare(main.shapes(), prefix)
     found = {canonical_name(name, prefix, bare=bare): (main, name) for name in main.shapes()}
     for module in task.dense if task is not None else ():
-        reader = SafetensorsReader(folder / module.path)
+        reader = SafetensorsReader(folder / module.path, open_file)
         found |= {f"{module.path}.{name}": (reader, name) for name in reader.shapes()}
     return RenamedReader(found)
 
@@ -79,8 +85,22 @@ def load_weights(
 
     Raises CheckpointError, before anything is copied, when tensors are missing, extra or misshapen, and names them.
     """
+    check_fit(reader, places, ignore)
+    copy_weights(reader, places, progress=progress, threads=threads)
+
+
+def copy_weights(
+    reader: WeightReader,
+    places: Mapping[str, Place],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    threads: int = 2,
+) -> None:
+    """The second half of `load_weights`, for a checkpoint that `check_fit` has passed.
+
+    Raises CheckpointError for what cannot be read; some of the places are filled then, and some are not.
+    """
     shapes = reader.shapes()
-    _check_fit(shapes, places, ignore)
     total = sum(place.nbytes for place in places.values())
     done = 0
     if progress is not None:
@@ -106,7 +126,10 @@ def _copy(reader: WeightReader, name: str, place: Place) -> None:
         place.write(start, rows)
 
 
-def _check_fit(shapes: Mapping[str, tuple[int, ...]], places: Mapping[str, Place], ignore: Iterable[str]) -> None:
+def check_fit(reader: WeightReader, places: Mapping[str, Place], ignore: Iterable[str] = ()) -> None:
+    """Raise CheckpointError, which names the tensors, unless `reader` has each place's tensor in its shape, and no
+    others but those that `ignore` matches. No tensor is read."""
+    shapes = reader.shapes()
     patterns = [re.compile(pattern) for pattern in ignore]
     extra = [name for name in shapes if name not in places and not any(p.search(name) for p in patterns)]
     missing = [name for name in places if name not in shapes]
@@ -122,6 +145,12 @@ def _check_fit(shapes: Mapping[str, tuple[int, ...]], places: Mapping[str, Place
     ]
     if problems:
         raise CheckpointError(f"the checkpoint does not fit its config; tensors that are {'; '.join(problems)}")
+
+
+def check_readable(reader: WeightReader, places: Mapping[str, Place]) -> None:
+    """Raise CheckpointError for a tensor of a type that is not read, by reading the first piece of each."""
+    for name in places:
+        next(reader.pieces(name), None)
 
 
 def random_weights(places: Mapping[str, Place], seed: int) -> None:

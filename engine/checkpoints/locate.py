@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from engine.checkpoints import hub
-from engine.checkpoints.errors import CheckpointError
+from engine.checkpoints.errors import CheckpointError, NotFoundError
 from engine.checkpoints.gguf_split import first_files, split_files
 from engine.checkpoints.safetensors_index import read_index
 from engine.config import ModelSource
@@ -62,9 +62,10 @@ def _locate(
             raise CheckpointError(f"{name} is a file but not a .gguf file; give the folder that holds config.json")
         return _gguf_source(name, path)
     if not hub.is_repository_name(name):
-        raise CheckpointError(
+        raise NotFoundError(
             f"{name} is neither a folder nor a .gguf file on this machine, nor is it a hub id (owner/name) "
-            "(invalid repository id)"
+            "(invalid repository id)",
+            "invalid repository id",
         )
     repository, file_name = hub.split_name(name)
 
@@ -81,10 +82,18 @@ def _locate(
     try:
         return found(hub.download(repository, file_name, wanted, revision, download_dir))
     except hub.DownloadError as error:
-        raise CheckpointError(
+        message = (
             f"{name} is neither a folder nor a .gguf file on this machine; {tried} "
             f"({hub.cache_place(download_dir)}); it could not be downloaded: {error}"
-        ) from None
+        )
+        # Of a hub that cannot be asked, the cache is all there is.
+        lack = "repository not found" if error.unreachable and cached is None else error.lack
+        raise (CheckpointError(message) if lack is None else NotFoundError(message, lack)) from None
+
+
+def is_bundled(source: ModelSource) -> bool:
+    """Whether `source` is the bundled default model."""
+    return Path(source.path).parent.name == BUNDLED_PACKAGE
 
 
 def _bundled() -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from engine.checkpoints.errors import CheckpointError
 from engine.checkpoints.mapped_file import MappedFile, as_floats
+from engine.checkpoints.plain_file import WeightFile
 from engine.checkpoints.safetensors_index import read_index
 from engine.checkpoints.weights import row_ranges
 
@@ -22,7 +23,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 @dataclass(frozen=True)
 class _Tensor:
-    file: MappedFile
+    file: WeightFile
     where: str
     dtype: str
     shape: tuple[int, ...]
@@ -33,15 +34,16 @@ class _Tensor:
 class SafetensorsReader:
     """A WeightReader over the safetensors files of a Hugging Face folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, open_file: Callable[[Path], WeightFile] = MappedFile) -> None:
         """Open the files; no tensor is read. Raises CheckpointError for files that are missing or damaged."""
+        self._open_file = open_file
         self._tensors: dict[str, _Tensor] = {}
         index_path = folder / "model.safetensors.index.json"
         if index_path.is_file():
             self._open_indexed(folder, index_path)
         else:
             for path in _files(folder):
-                for name, tensor in _tensors_in(path).items():
+                for name, tensor in _tensors_in(path, open_file).items():
                     if name in self._tensors:
                         raise CheckpointError(f"{path}: holds {name}, which {self._tensors[name].where} holds too")
                     self._tensors[name] = tensor
@@ -52,7 +54,7 @@ class SafetensorsReader:
         missing = [file for file, path in files.items() if not path.is_file()]
         if missing:
             raise CheckpointError(f"{index_path}: names {len(missing)} missing files: {', '.join(missing[:8])}")
-        tensors = {file: _tensors_in(path) for file, path in files.items()}
+        tensors = {file: _tensors_in(path, self._open_file) for file, path in files.items()}
         for name, file in index.items():
             if name not in tensors[file]:
                 raise CheckpointError(f"{index_path}: {name} should be in {file} but is not")
@@ -88,7 +90,7 @@ def _files(folder: Path) -> list[Path]:
     return files
 
 
-def _tensors_in(path: Path) -> dict[str, _Tensor]:
+def _tensors_in(path: Path, open_file: Callable[[Path], WeightFile]) -> dict[str, _Tensor]:
     """Where the tensors of a file lie, in the order of the file. The library checks the header; we only read it."""
     try:
         with safe_open(path, framework="pt"):
@@ -98,7 +100,7 @@ def _tensors_in(path: Path) -> dict[str, _Tensor]:
             header = json.loads(file.read(length))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: {error}") from None
-    mapped = MappedFile(path)
+    opened = open_file(path)
     tensors = {}
     for name, entry in sorted(
         ((name, entry) for name, entry in header.items() if name != "__metadata__"),
@@ -106,7 +108,7 @@ def _tensors_in(path: Path) -> dict[str, _Tensor]:
     ):
         begin, end = entry["data_offsets"]
         tensors[name] = _Tensor(
-            file=mapped,
+            file=opened,
             where=str(path),
             dtype=entry["dtype"],
             shape=tuple(entry["shape"]),

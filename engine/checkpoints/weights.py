@@ -47,6 +47,10 @@ class Place(Protocol):
         """
         ...
 
+    def read(self, count: int | None = None) -> torch.Tensor:
+        """The first `count` rows (None, or more than there are: all), in the dtype in which they are kept."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class TensorPlace:
@@ -65,6 +69,10 @@ class TensorPlace:
     def write(self, start: int, rows: torch.Tensor) -> None:
         target = self.tensor if self.tensor.dim() else self.tensor.unsqueeze(0)
         target.narrow(0, start, rows.shape[0]).copy_(rows)
+
+    def read(self, count: int | None = None) -> torch.Tensor:
+        rows = self.tensor if self.tensor.dim() else self.tensor.unsqueeze(0)
+        return rows[:count].clone()
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +93,9 @@ class OffsetPlace:
     def write(self, start: int, rows: torch.Tensor) -> None:
         self.inner.write(start, rows.float() + self.offset)
 
+    def read(self, count: int | None = None) -> torch.Tensor:
+        return self.inner.read(count) - self.offset
+
 
 @dataclass(frozen=True, eq=False)
 class RepeatedPlace:
@@ -103,6 +114,9 @@ class RepeatedPlace:
     def write(self, start: int, rows: torch.Tensor) -> None:
         for part in self.parts:
             part.write(start, rows)
+
+    def read(self, count: int | None = None) -> torch.Tensor:
+        return self.parts[0].read(count)
 
 
 class WeightReader(Protocol):

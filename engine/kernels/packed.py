@@ -53,9 +53,10 @@ class PackedRows:
         _check_within(self.shape[0], start, len(rows))
         self.matrix.packed.write(self.start + start, rows.to("cpu", self.matrix.dtype).contiguous())
 
-    def read(self) -> torch.Tensor:
-        """The rows as they were written."""
-        rows = torch.empty(self.shape, dtype=self.matrix.dtype)
+    def read(self, count: int | None = None) -> torch.Tensor:
+        """The first `count` rows (None: all) as they were written."""
+        size = self.shape[0] if count is None else min(count, self.shape[0])
+        rows = torch.empty((size, self.matrix.inputs), dtype=self.matrix.dtype)
         self.matrix.packed.read(self.start, rows)
         return rows
 
@@ -80,9 +81,10 @@ class PackedBias:
         _check_within(self.shape[0], start, len(rows))
         self.matrix.packed.write_bias(self.start + start, rows.to("cpu", torch.float32).contiguous().numpy())
 
-    def read(self) -> torch.Tensor:
-        """The entries as they were written."""
-        values = torch.empty(self.shape, dtype=torch.float32)
+    def read(self, count: int | None = None) -> torch.Tensor:
+        """The first `count` entries (None: all) as they were written."""
+        size = self.shape[0] if count is None else min(count, self.shape[0])
+        values = torch.empty(size, dtype=torch.float32)
         self.matrix.packed.read_bias(self.start, values)
         return values
 

@@ -8,6 +8,7 @@ import msgspec
 from engine.wire.results import Finish, InputLogprobs, TokenLogprobs
 from engine.wire.sampling import TextOptions
 from engine.wire.to_frontend import Ended, Flushed, State, Vectors
+from engine.wire.weights import WeightAnswer
 
 NO_TOKEN = -1
 """Stands in `StepOutput.tokens` for a row that ended without a new token."""
@@ -36,6 +37,7 @@ class StepOutput(msgspec.Struct, frozen=True, array_like=True, tag=True):
     opened: requests of `keys` that appear for the first time.
     finished, logprobs: by row number, only for the rows that have one.
     retracted: key → how often it has been preempted, for the rows of requests that have been.
+    weight_version: of the weights that computed the step.
     """
 
     opened: list[Opened]
@@ -45,6 +47,7 @@ class StepOutput(msgspec.Struct, frozen=True, array_like=True, tag=True):
     finished: dict[int, Finish]
     logprobs: dict[int, TokenLogprobs]
     retracted: dict[int, int]
+    weight_version: str = ""
 
 
 class Detokenize(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -55,4 +58,4 @@ class Detokenize(msgspec.Struct, frozen=True, array_like=True, tag=True):
     skip_special_tokens: bool
 
 
-ToDetokenizer = StepOutput | Detokenize | Ended | Vectors | Flushed | State
+ToDetokenizer = StepOutput | Detokenize | Ended | Vectors | Flushed | State | WeightAnswer

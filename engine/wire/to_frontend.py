@@ -9,6 +9,7 @@ import msgspec
 
 from engine.wire.lifecycle import FromLauncher
 from engine.wire.results import Finish, InputLogprobs, TokenLogprobs
+from engine.wire.weights import WeightAnswer
 
 
 class Accepted(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -51,6 +52,7 @@ class TextStep(msgspec.Struct, frozen=True, array_like=True, tag=True):
     finished, logprobs: by row number, only for the rows that have one.
     logprob_texts: row number → text of each id that the row's logprobs name, if asked.
     retracted: key → how often it has been preempted.
+    weight_version: of the weights that computed the step.
     """
 
     begun: list[Begun]
@@ -62,6 +64,7 @@ class TextStep(msgspec.Struct, frozen=True, array_like=True, tag=True):
     logprobs: dict[int, TokenLogprobs]
     logprob_texts: dict[int, dict[int, str]]
     retracted: dict[int, int]
+    weight_version: str = ""
 
 
 class Vectors(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -114,5 +117,5 @@ class Detokenized(msgspec.Struct, frozen=True, array_like=True, tag=True):
     bad_ids: bool = False
 
 
-FromRing = Accepted | Ended | TextStep | Vectors | Flushed | State | Tokenized | Detokenized
+FromRing = Accepted | Ended | TextStep | Vectors | Flushed | State | WeightAnswer | Tokenized | Detokenized
 ToFrontend = FromRing | FromLauncher

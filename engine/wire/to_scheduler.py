@@ -6,6 +6,7 @@ from __future__ import annotations
 import msgspec
 
 from engine.wire.sampling import LogprobOptions, Sampling, TextOptions
+from engine.wire.weights import WeightControl
 
 
 class VectorOptions(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
@@ -68,5 +69,5 @@ class StopSeen(msgspec.Struct, frozen=True, array_like=True, tag=True):
     keys: list[int]
 
 
-Control = Abort | FlushCache | QueryState
+Control = Abort | FlushCache | QueryState | WeightControl
 ToScheduler = Admit | Control | StopSeen

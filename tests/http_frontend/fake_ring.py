@@ -41,6 +41,17 @@ from engine.wire.to_frontend import (
 )
 from engine.wire.to_scheduler import Abort, FlushCache, QueryState
 from engine.wire.to_tokenizer import Embed, Generate, Judge, Tokenize, ToTokenizer
+from engine.wire.weights import (
+    ContinueGeneration,
+    Paused,
+    PauseGeneration,
+    ReadWeights,
+    SetWeightVersion,
+    UpdateWeights,
+    WeightControl,
+    WeightRows,
+    WeightsUpdated,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LIMITS = Limits(
@@ -115,6 +126,7 @@ class FakeRing:
         self.silent = threading.Event()
         self.seen: list[Any] = []
         self.running: dict[int, Running] = {}
+        self.weight_version = "default"
         self.launcher_seen: list[ToLauncher] = []
         self.changed = threading.Condition()
         self._outgoing: list[ToFrontend] = []
@@ -177,9 +189,11 @@ class FakeRing:
                     one = self.running.pop(key)
                     finish = Finish("abort", message="Aborted" if one.made else "Abort in waiting queue")
                     if one.made:
-                        self.frontend.send(_rows([(one, "", NO_TOKEN, finish, None)], []))
+                        self.frontend.send(_rows([(one, "", NO_TOKEN, finish, None)], [], self.weight_version))
                     else:
                         self.frontend.send(Ended(key, one.message.attempt, finish, "scheduler"))
+            case UpdateWeights() | SetWeightVersion() | ReadWeights() | PauseGeneration() | ContinueGeneration():
+                self._weights(message)
             case FlushCache():
                 self.frontend.send(Flushed(message.key, not self.running))
             case QueryState():
@@ -193,6 +207,32 @@ class FakeRing:
                 self.frontend.send(Tokenized(message.key, [] if error else ids, 8192, error))
             case Detokenize():
                 self.frontend.send(Detokenized(message.key, ["".join(map(chr, row)) for row in message.ids], None))
+
+    def _weights(self, message: WeightControl) -> None:
+        """Paths that begin with "WRONG" are refused; "w" is the only tensor."""
+        match message:
+            case UpdateWeights(key=key, model_path=path):
+                wrong = path.startswith("WRONG")
+                if not wrong:
+                    self.weight_version = message.weight_version or self.weight_version
+                self.frontend.send(
+                    WeightsUpdated(
+                        key=key, success=not wrong, message="what the scheduler says", paused=message.keep_pause,
+                        weight_version=self.weight_version, model_path=None if wrong else path,
+                    )
+                )  # fmt: skip
+            case SetWeightVersion(key, version):
+                self.weight_version = version
+                self.frontend.send(
+                    WeightsUpdated(
+                        key=key, success=True, message=f"Weight version updated to {version}", paused=False,
+                        weight_version=version, model_path=None,
+                    )
+                )  # fmt: skip
+            case ReadWeights(key, name, rows):
+                self.frontend.send(WeightRows(key, [[0.5, 1.0]] * rows if name == "w" else None))
+            case PauseGeneration() | ContinueGeneration():
+                self.frontend.send(Paused(message.key, isinstance(message, PauseGeneration)))
 
     def _admit(self, message: Generate | Embed | Judge) -> None:
         texts = _texts(message)
@@ -246,7 +286,7 @@ class FakeRing:
             if finish is not None:
                 del self.running[key]
         if rows:
-            self.frontend.send(_rows(rows, begun))
+            self.frontend.send(_rows(rows, begun, self.weight_version))
 
 
 def _texts(message: Generate | Embed | Judge) -> list[str]:
@@ -288,7 +328,9 @@ def _begun(one: Running) -> Begun:
     return Begun(one.generate.key, one.generate.attempt, len(one.prompt), 2, inputs, texts)
 
 
-def _rows(rows: list[tuple[Running, str, int, Finish | None, TokenLogprobs | None]], begun: list[Begun]) -> TextStep:
+def _rows(
+    rows: list[tuple[Running, str, int, Finish | None, TokenLogprobs | None]], begun: list[Begun], weight_version: str
+) -> TextStep:
     texts = {}
     for i, (one, _, token, _, logprobs) in enumerate(rows):
         if logprobs is not None and one.generate.text_options.text_in_logprobs:
@@ -304,6 +346,7 @@ def _rows(rows: list[tuple[Running, str, int, Finish | None, TokenLogprobs | Non
         logprobs={i: row[4] for i, row in enumerate(rows) if row[4] is not None},
         logprob_texts=texts,
         retracted={},
+        weight_version=weight_version,
     )
 
 

@@ -235,7 +235,7 @@ def test_vectors_end_their_entries_and_nothing_else(
     assert [entry.key for entry in told] == current and len(journal) == len(entries) - len(current)
     for key, entry in entries.items():
         if key not in current:
-            assert (entry.finish, entry.vector, entry.weight_version) == (None, b"", None)
+            assert (entry.finish, entry.vector, entry.weight_version) == (None, b"", "")
             continue
         assert entry.finish == Finish("length", length=0)
         assert (entry.vector, entry.hidden) == (vectors[key], bytes([key]) if rows[key][3] else b"")

@@ -26,6 +26,7 @@ from scheduler_proc.planner import Planner, PlannerLimits
 from scheduler_proc.runner import Runner
 from scheduler_proc.scheduler import Scheduler, SchedulerSettings
 from scheduler_proc.statistics import Statistics
+from scheduler_proc.weight_updates import WeightUpdates
 
 VOCABULARY = 50
 EOS = 0
@@ -75,12 +76,13 @@ class HashModel:
 
 @dataclass
 class Sent:
-    """Stands for the outbox: what each request was sent."""
+    """Stands for the outbox: what each request was sent, and under which weight versions."""
 
     tokens: dict[int, list[int]] = field(default_factory=dict)
     finishes: dict[int, Finish] = field(default_factory=dict)
     opened: dict[int, Opened] = field(default_factory=dict)
     logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    versions: dict[int, list[str]] = field(default_factory=dict)
     others: list[Any] = field(default_factory=list)
 
     def send(self, message: Any) -> None:
@@ -94,6 +96,8 @@ class Sent:
                 self.tokens[opened.key] = list(opened.output_ids)
             for row, (key, token) in enumerate(zip(message.keys, message.tokens, strict=True)):
                 assert key in self.opened and key not in self.finishes
+                if message.weight_version not in self.versions.setdefault(key, []):
+                    self.versions[key].append(message.weight_version)
                 if token != NO_TOKEN:
                     self.tokens[key].append(token)
                 if row in message.finished:
@@ -122,6 +126,7 @@ def scheduler_over(
     reuse: bool = True,
     task: Task = GENERATION,
     memory: Memory | None = None,
+    updates: WeightUpdates | None = None,
     **limits: Any,
 ) -> tuple[Scheduler, Sent]:
     """A scheduler over a program of a backend, without processes or sockets. memory: else a KV pool of `pool` slots."""
@@ -148,6 +153,7 @@ def scheduler_over(
         inbox=None,  # type: ignore[arg-type]
         outbox=sent,  # type: ignore[arg-type]
         statistics=Statistics(10**9),
+        updates=updates,
     )
     return scheduler, sent
 

@@ -174,7 +174,7 @@ try:
     else:
         print(locate(name, revision=revision, download_dir=download_dir).path)
 except CheckpointError as error:
-    print("ERROR", error)
+    print("ERROR", getattr(error, "lack", None) if what == "lack" else error)
 """
 
 
@@ -236,5 +236,8 @@ def test_without_a_network_an_error_says_what_was_tried(what: str, tmp_path: Pat
             listener.close()
         environment = {"HF_HUB_OFFLINE": "1"} if what == "offline" else {}
         error = run(f"http://127.0.0.1:{port}", tmp_path, "me/tiny", **environment)
+        assert what == "silent" or run(f"http://127.0.0.1:{port}", tmp_path, "me/tiny", what="lack", **environment) == (
+            "ERROR repository not found"
+        )
     assert "it is not in the hub cache" in error and "it could not be downloaded: " in error
     assert ("HF_HUB_OFFLINE" in error) == (what == "offline")
