@@ -86,25 +86,6 @@ class OffsetPlace:
         self.inner.write(start, rows.float() + self.offset)
 
 
-@dataclass(frozen=True, eq=False)
-class RepeatedPlace:
-    """A Place of a tensor that a model holds several times."""
-
-    parts: tuple[Place, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.parts[0].shape
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.parts)
-
-    def write(self, start: int, rows: torch.Tensor) -> None:
-        for part in self.parts:
-            part.write(start, rows)
-
-
 class WeightReader(Protocol):
     """The tensors of a checkpoint under their Hugging Face names, whatever file they lie in."""
 
