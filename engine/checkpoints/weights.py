@@ -97,28 +97,6 @@ class OffsetPlace:
         return self.inner.read(count) - self.offset
 
 
-@dataclass(frozen=True, eq=False)
-class RepeatedPlace:
-    """A Place of a tensor that a model holds several times."""
-
-    parts: tuple[Place, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.parts[0].shape
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.parts)
-
-    def write(self, start: int, rows: torch.Tensor) -> None:
-        for part in self.parts:
-            part.write(start, rows)
-
-    def read(self, count: int | None = None) -> torch.Tensor:
-        return self.parts[0].read(count)
-
-
 class WeightReader(Protocol):
     """The tensors of a checkpoint under their Hugging Face names, whatever file they lie in."""
 

@@ -10,7 +10,7 @@ import torch
 
 from engine.checkpoints.model_config import EncoderConfig, ModelConfig
 from engine.checkpoints.task import Task
-from engine.checkpoints.weights import Place, RepeatedPlace
+from engine.checkpoints.weights import Place
 from engine.kernels.table import Backend, Matrix
 from engine.layers.heads import DenseLayer, allocate_dense
 from engine.layers.weights import Allocator
@@ -77,7 +77,7 @@ def allocate_encoder(
     weights = EncoderWeights(
         tokens=table("word", config.vocab_size),
         positions=table("position", traits.positions),
-        types=_types(allocator, f"{prefix}.token_type_embeddings.weight", traits.type_vocab_size, hidden),
+        types=table("token_type", traits.type_vocab_size) if traits.type_vocab_size else None,
         embedding_norm=_norm(allocator, f"{prefix}.LayerNorm", hidden),
         layers=tuple(
             _layer(allocator, config, f"{names.base}.encoder.layer.{number}") for number in range(config.num_layers)
@@ -86,15 +86,6 @@ def allocate_encoder(
         labels=labels,
     )
     return weights, allocator.places
-
-
-def _types(allocator: Allocator, name: str, kinds: int, hidden: int) -> Matrix | None:
-    """A model that knows one kind of segment has it for the second text of a pair, too: some tokenizers call that 1."""
-    if kinds != 1:
-        return allocator.table(name, kinds, hidden) if kinds else None
-    made = allocator.table(name, 2, hidden)
-    allocator.places[name] = RepeatedPlace((made.rows(0, 1), made.rows(1, 2)))
-    return made
 
 
 def _layer(allocator: Allocator, config: ModelConfig, prefix: str) -> EncoderLayer:
