@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "moe.h"
 #include "ops.h"
 #include "team.h"
 
@@ -22,7 +23,7 @@ struct Merge {
     Attention attention;
 };
 
-using Op = std::variant<Embedding, Angles, Norm, Linear, RotaryStore, Attend, Merge>;
+using Op = std::variant<Embedding, Angles, Norm, Linear, RotaryStore, Attend, Merge, Route, Group, ExpertProduct, Combine>;
 
 // Ops with resolved weights and buffers, in the order in which they run. The ops after `begin_head` work on the picked
 // rows of a step and may be run again for other rows of it.
@@ -30,13 +31,20 @@ class Plan {
   public:
     Plan(std::shared_ptr<Team> team, const Kernels &kernels);
 
-    int add_buffer(int width, Dtype type);
+    int add_buffer(int width, Dtype type, int rows_each);
     Buffer &buffer(int index) { return *buffers_.at(static_cast<std::size_t>(index)); }
 
     // Attention is laid out once a step for each window. Returns the layout's index.
     int layout_of(int window, int group, int kv_heads);
 
-    // Throws std::invalid_argument for an op that check_ops.h refuses.
+    // A router's decisions, which a layer's ops share; returns its index.
+    int add_routing(int experts, int top_k);
+    Routing &routing(int index) { return *routings_.at(static_cast<std::size_t>(index)); }
+
+    // Tokens of the last step.
+    int tokens() const { return inputs_.tokens; }
+
+    // Throws std::invalid_argument for an op that check_ops.h or moe.h refuses.
     void add(Op op);
     void begin_head();
 
@@ -71,6 +79,7 @@ class Plan {
     std::shared_ptr<Team> team_;
     const Kernels &kernels_;
     std::vector<std::unique_ptr<Buffer>> buffers_;
+    std::vector<std::unique_ptr<Routing>> routings_;
     std::vector<Op> ops_;
     std::size_t head_ = 0;
     bool in_head_ = false;
@@ -79,6 +88,7 @@ class Plan {
     std::vector<Scratch> scratch_;
     std::size_t tile_bytes_ = TILE_BYTES;
     std::size_t scratch_bytes_ = 0;
+    std::size_t gathered_bytes_ = 0;
     std::size_t record_floats_ = 0;
     Memory records_;
     std::vector<int> counts_;

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from engine.checkpoints.errors import CheckpointError
+from engine.checkpoints.expert_layout import as_stored
 from engine.checkpoints.gguf_reader import GgufReader
 from engine.checkpoints.model_config import ModelConfig
 from engine.checkpoints.safetensors_reader import SafetensorsReader
@@ -39,13 +40,14 @@ def load_weights(
 ) -> None:
     """Copy every tensor of a checkpoint into its place.
 
-    places: Hugging Face name → destination. ignore: regular expressions (`re.search`) of
-    names that the checkpoint may hold beyond these. progress: called in this thread with (bytes filled, bytes in all)
-    at the start and after each tensor. threads: tensors that are read at once.
+    places: Hugging Face name → destination; experts may be stored in any layout (`expert_layout`). ignore: regular
+    expressions (`re.search`) of names that the checkpoint may hold beyond these. progress: called in this thread with
+    (bytes filled, bytes in all) at the start and after each tensor. threads: tensors that are read at once.
 
     Raises CheckpointError, before anything is copied, when tensors are missing, extra or misshapen, and names them.
     """
     shapes = reader.shapes()
+    places = as_stored(places, shapes)
     _check_fit(shapes, places, ignore)
     total = sum(place.nbytes for place in places.values())
     done = 0

@@ -31,6 +31,22 @@ class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
     frequency_factors: tuple[float, ...] | None = None
 
 
+class MoeConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """A mixture of experts in place of some layers' MLPs.
+
+    top_k: experts of a token. intermediate_size: an expert's width; shared_intermediate_size: that of the expert that
+    every token passes, None where there is none. normalise: the shares of a token's experts sum to 1.
+    sparse_layers: which layers have it.
+    """
+
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    shared_intermediate_size: int | None
+    normalise: bool
+    sparse_layers: tuple[bool, ...]
+
+
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Hyperparameters of a decoder model.
 
@@ -40,6 +56,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     `layer_is_sliding` is true; None: no layer has a window.
     dtype: the checkpoint's own ("float32", "float16", "bfloat16"), None where it has none (GGUF).
     eos_ids: from config.json and generation_config.json (or the GGUF metadata), ascending.
+    moe: None where all layers are dense.
     raw: the config as read, overrides applied, for what is not named here.
     """
 
@@ -67,3 +84,4 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     bos_id: int | None
     eos_ids: tuple[int, ...]
     raw: dict[str, Any]
+    moe: MoeConfig | None = None

@@ -16,7 +16,7 @@ from engine.kernels import _cpu
 from engine.kernels.batch import RaggedBatch
 from engine.kernels.packed import DTYPES, PackedMatrix
 from engine.kernels.table import Activation as Function
-from engine.kernels.table import RotaryFrequencies
+from engine.kernels.table import MoeWeights, RotaryFrequencies
 
 WIDE = DTYPES[torch.float32]
 PANEL = 32
@@ -39,6 +39,16 @@ class Product:
     weight: PackedMatrix
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """Buffers of experts' outputs that are not added up yet; shared, shared_gate: -1 where there is none."""
+
+    outputs: int
+    shared: int
+    shared_gate: int
+    routing: int
+
+
 @dataclass(frozen=True, eq=False)
 class Normed:
     """A norm of float32 rows that is not recorded yet: of which rows depends on who takes it."""
@@ -59,12 +69,14 @@ class Rotary:
 
 @dataclass(eq=False)
 class Recorder:
-    """Records ops into `plan`. dtype: the weights'. kept: tensors whose memory the plan points to."""
+    """Records ops into `plan`. dtype: the weights'. kept: tensors whose memory the plan points to. routings: the plan's
+    numbers for the routers, in order."""
 
     plan: _cpu.Plan
     dtype: torch.dtype
     kept: list[Any] = field(default_factory=list)
-    buffers: dict[tuple[str, int, int], int] = field(default_factory=dict)
+    buffers: dict[tuple[str, int, int, int], int] = field(default_factory=dict)
+    routings: list[int] = field(default_factory=list)
 
     @property
     def narrow(self) -> int:
@@ -99,13 +111,33 @@ class Recorder:
         self.plan.linear(self._settled(x).buffer, weight.packed, out.buffer, "gate", False)
         return out
 
+    def moe(self, x: Activation | Normed, weights: MoeWeights) -> Mixture:
+        plan, rows, top_k = self.plan, self._settled(x), weights.top_k
+        experts, hidden, width = weights.router.outputs, weights.router.inputs, weights.downs[0].inputs
+        logits = self._buffer("router", experts, WIDE)
+        plan.linear(rows.buffer, weights.router.packed, logits, "store", False)
+        routing = plan.routing(experts, top_k)
+        self.routings.append(routing)
+        plan.route(logits, routing, weights.normalise)
+        gated = self._buffer("experts' gated", width, self.narrow, top_k)
+        plan.experts(rows.buffer, tuple(one.packed for one in weights.gate_ups), gated, routing)
+        outputs = self._buffer("experts' outputs", hidden, WIDE, top_k)
+        plan.experts(gated, tuple(one.packed for one in weights.downs), outputs, routing)
+        if weights.shared is None:
+            return Mixture(outputs, -1, -1, routing)
+        shared, gate = self._buffer("shared expert", hidden, WIDE), self._buffer("shared gate", 1, WIDE)
+        plan.linear(rows.buffer, weights.shared.gate.packed, gate, "store", False)
+        inner = self.gated_linear(rows, weights.shared.gate_up)
+        plan.linear(inner.buffer, weights.shared.down.packed, shared, "store", False)
+        return Mixture(outputs, shared, gate, routing)
+
     def rms_norm(
-        self, x: Activation | Product, residual: Activation | None, weight: torch.Tensor, eps: float
+        self, x: Activation | Product | Mixture, residual: Activation | None, weight: torch.Tensor, eps: float
     ) -> tuple[Normed, Activation]:
-        if isinstance(x, Product):
+        if isinstance(x, Product | Mixture):
             if residual is None:
                 raise TypeError("a product is normed only together with the residual stream that it is added to")
-            self.plan.linear(x.source.buffer, x.weight.packed, residual.buffer, "add", False)
+            self._add(x, residual)
             return Normed(residual, weight, eps), residual
         if residual is not None:
             raise TypeError("only a product can be added to the residual stream")
@@ -162,6 +194,12 @@ class Recorder:
         self.plan.linear(picked, weight.packed, out.buffer, "store", True)
         return out
 
+    def _add(self, x: Product | Mixture, residual: Activation) -> None:
+        if isinstance(x, Product):
+            self.plan.linear(x.source.buffer, x.weight.packed, residual.buffer, "add", False)
+        else:
+            self.plan.combine(x.outputs, x.shared, x.shared_gate, residual.buffer, x.routing)
+
     def _settled(self, x: Activation | Normed) -> Activation:
         """Record a norm for all rows, if that is what `x` is."""
         if isinstance(x, Activation):
@@ -170,11 +208,11 @@ class Recorder:
         self.plan.norm(x.source.buffer, self._address(x.weight), x.eps, out.buffer, False)
         return out
 
-    def _buffer(self, role: str, width: int, dtype: int) -> int:
-        """The buffer of a role: layers follow one another and share them."""
-        key = (role, width, dtype)
+    def _buffer(self, role: str, width: int, dtype: int, rows_each: int = 1) -> int:
+        """The buffer of a role: layers follow one another and share them. rows_each: rows for each token."""
+        key = (role, width, dtype, rows_each)
         if key not in self.buffers:
-            self.buffers[key] = self.plan.buffer(width, dtype)
+            self.buffers[key] = self.plan.buffer(width, dtype, rows_each)
         return self.buffers[key]
 
     def _address(self, tensor: torch.Tensor) -> int:

@@ -13,7 +13,7 @@ from engine.checkpoints.task import Task
 from engine.checkpoints.weights import Place
 from engine.kernels.batch import RaggedBatch
 from engine.kernels.kv_cache import KvCache
-from engine.kernels.table import Backend, Ops, Program, RotaryFrequencies
+from engine.kernels.table import Backend, MoeWeights, Ops, Program, RotaryFrequencies
 from engine.layers.rope import rotary_frequencies
 from engine.layers.weights import (
     AttentionWeights,
@@ -64,7 +64,7 @@ class Decoder:
             x, residual = ops.rms_norm(x, residual, layer.attention_norm, eps)
             x = attention_block(ops, layer.attention, x, keys, values, window, eps, step)
             x, residual = ops.rms_norm(x, residual, layer.mlp_norm, eps)
-            x = gated_mlp(ops, layer.mlp, x)
+            x = ops.moe(x, layer.mlp) if isinstance(layer.mlp, MoeWeights) else gated_mlp(ops, layer.mlp, x)
         return ops.rms_norm(x, residual, weights.final_norm, eps)[0]
 
     def _logits(self, ops: Ops, hidden_rows: torch.Tensor) -> torch.Tensor:

@@ -6,9 +6,19 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.checkpoints.model_config import ModelConfig
+from engine.checkpoints.model_config import ModelConfig, MoeConfig
 from engine.checkpoints.weights import Place, TensorPlace
-from engine.kernels.table import Backend, Matrix
+from engine.kernels.table import Backend, Matrix, MoeWeights, SharedExpert
+
+
+@dataclass(frozen=True)
+class MoeNames:
+    """What checkpoints call the parts of a mixture of experts: the block, and an expert's projections."""
+
+    block: str = "mlp"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
 
 
 @dataclass(frozen=True)
@@ -18,6 +28,7 @@ class DecoderTraits:
     qkv_bias, output_bias: biases in attention; mlp_bias: in all three projections of the MLP.
     head_norms: an RMS norm of each query and key head before the rotation.
     windows: sliding window of each layer, None where a layer has none.
+    moe_names: of the experts in the layers that the config's `moe` names.
     """
 
     qkv_bias: bool
@@ -25,6 +36,7 @@ class DecoderTraits:
     mlp_bias: bool
     head_norms: bool
     windows: tuple[int | None, ...]
+    moe_names: MoeNames = MoeNames()
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +64,7 @@ class LayerWeights:
     attention_norm: torch.Tensor
     attention: AttentionWeights
     mlp_norm: torch.Tensor
-    mlp: MlpWeights
+    mlp: MlpWeights | MoeWeights
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +113,7 @@ def allocate_decoder(
     """Unfilled weights of a decoder, and name → place for each tensor of a Hugging Face checkpoint of it."""
     allocator = _Allocator(backend, dtype)
     embedding = allocator.table("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
-    layers = tuple(_layer(allocator, config, traits, f"model.layers.{index}") for index in range(config.num_layers))
+    layers = tuple(_layer(allocator, config, traits, index) for index in range(config.num_layers))
     final_norm = allocator.vector("model.norm.weight", config.hidden_size)
     head = embedding
     if not config.tie_embeddings:
@@ -115,10 +127,17 @@ def weight_bytes(weights: DecoderWeights) -> int:
     vectors = [weights.final_norm]
     for layer in weights.layers:
         attention, mlp = layer.attention, layer.mlp
-        matrices |= {id(m): m for m in (attention.qkv, attention.output, mlp.gate_up, mlp.down)}
+        matrices |= {id(m): m for m in (attention.qkv, attention.output, *_mlp_matrices(mlp))}
         vectors += [layer.attention_norm, layer.mlp_norm]
         vectors += [norm for norm in (attention.q_norm, attention.k_norm) if norm is not None]
     return sum(matrix.nbytes for matrix in matrices.values()) + sum(vector.nbytes for vector in vectors)
+
+
+def _mlp_matrices(mlp: MlpWeights | MoeWeights) -> tuple[Matrix, ...]:
+    if isinstance(mlp, MlpWeights):
+        return (mlp.gate_up, mlp.down)
+    shared = (mlp.shared.gate_up, mlp.shared.down, mlp.shared.gate) if mlp.shared is not None else ()
+    return (mlp.router, *mlp.gate_ups, *mlp.downs, *shared)
 
 
 def ignored_names(config: ModelConfig) -> tuple[str, ...]:
@@ -127,17 +146,49 @@ def ignored_names(config: ModelConfig) -> tuple[str, ...]:
     return (computed, r"^lm_head\.weight$") if config.tie_embeddings else (computed,)
 
 
-def _layer(allocator: _Allocator, config: ModelConfig, traits: DecoderTraits, prefix: str) -> LayerWeights:
-    hidden, width = config.hidden_size, config.intermediate_size
+def _layer(allocator: _Allocator, config: ModelConfig, traits: DecoderTraits, index: int) -> LayerWeights:
+    prefix, hidden = f"model.layers.{index}", config.hidden_size
     attention_norm = allocator.vector(f"{prefix}.input_layernorm.weight", hidden)
     attention = _attention(allocator, config, traits, f"{prefix}.self_attn")
     mlp_norm = allocator.vector(f"{prefix}.post_attention_layernorm.weight", hidden)
-    gate_up = {f"{prefix}.mlp.gate_proj": width, f"{prefix}.mlp.up_proj": width}
-    mlp = MlpWeights(
-        gate_up=allocator.linear(gate_up, hidden, traits.mlp_bias, gated=True),
-        down=allocator.linear({f"{prefix}.mlp.down_proj": hidden}, width, traits.mlp_bias),
-    )
+    mlp: MlpWeights | MoeWeights
+    if config.moe is not None and config.moe.sparse_layers[index]:
+        mlp = _moe(allocator, config.moe, hidden, traits.moe_names, prefix)
+    else:
+        mlp = _mlp(allocator, hidden, config.intermediate_size, traits.mlp_bias, f"{prefix}.mlp")
     return LayerWeights(attention_norm, attention, mlp_norm, mlp)
+
+
+def _mlp(
+    allocator: _Allocator, hidden: int, width: int, bias: bool, prefix: str, names: MoeNames = MoeNames()
+) -> MlpWeights:
+    gate_up = {f"{prefix}.{names.gate}": width, f"{prefix}.{names.up}": width}
+    return MlpWeights(
+        gate_up=allocator.linear(gate_up, hidden, bias, gated=True),
+        down=allocator.linear({f"{prefix}.{names.down}": hidden}, width, bias),
+    )
+
+
+def _moe(allocator: _Allocator, moe: MoeConfig, hidden: int, names: MoeNames, prefix: str) -> MoeWeights:
+    block, width, shared_width = f"{prefix}.{names.block}", moe.intermediate_size, moe.shared_intermediate_size
+    router = allocator.linear({f"{block}.gate": moe.num_experts}, hidden, False)
+    experts = [
+        _mlp(allocator, hidden, width, False, f"{block}.experts.{number}", names) for number in range(moe.num_experts)
+    ]
+    shared = None
+    if shared_width is not None:
+        mlp = _mlp(allocator, hidden, shared_width, False, f"{block}.shared_expert")
+        shared = SharedExpert(
+            mlp.gate_up, mlp.down, allocator.linear({f"{block}.shared_expert_gate": 1}, hidden, False)
+        )
+    return MoeWeights(
+        router=router,
+        gate_ups=tuple(expert.gate_up for expert in experts),
+        downs=tuple(expert.down for expert in experts),
+        top_k=moe.top_k,
+        normalise=moe.normalise,
+        shared=shared,
+    )
 
 
 def _attention(allocator: _Allocator, config: ModelConfig, traits: DecoderTraits, prefix: str) -> AttentionWeights:

@@ -12,7 +12,7 @@ from engine.checkpoints.task import Task
 from engine.kernels.table import Backend
 from engine.layers.decoder import build_decoder
 from engine.layers.weights import DecoderTraits
-from engine.models import llama, mistral, qwen2, qwen3
+from engine.models import llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe
 from engine.models.model import Model
 
 _DECODERS: dict[str, Callable[[ModelConfig], DecoderTraits]] = {
@@ -20,6 +20,9 @@ _DECODERS: dict[str, Callable[[ModelConfig], DecoderTraits]] = {
     "MistralForCausalLM": mistral.traits,
     "Qwen2ForCausalLM": qwen2.traits,
     "Qwen3ForCausalLM": qwen3.traits,
+    "Qwen2MoeForCausalLM": qwen2_moe.traits,
+    "Qwen3MoeForCausalLM": qwen3_moe.traits,
+    "MixtralForCausalLM": mixtral.traits,
 }
 
 GENERATION = Task()
