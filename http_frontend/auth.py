@@ -10,7 +10,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from http_frontend.errors import json_response
 
-ADMIN_PATHS = frozenset({"/flush_cache", "/abort_request"})
+ADMIN_PATHS = frozenset(
+    {
+        "/flush_cache",
+        "/abort_request",
+        "/start_expert_distribution_record",
+        "/stop_expert_distribution_record",
+        "/dump_expert_distribution_record",
+    }
+)
 """Routes that the admin key guards."""
 
 _OPEN_PREFIXES = ("/health", "/ready", "/metrics")

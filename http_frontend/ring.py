@@ -17,19 +17,20 @@ from engine.wire.to_frontend import (
     Accepted,
     Detokenized,
     Ended,
+    ExpertsRecorded,
     Flushed,
     State,
     TextStep,
     ToFrontend,
     Tokenized,
 )
-from engine.wire.to_scheduler import FlushCache, QueryState
+from engine.wire.to_scheduler import FlushCache, QueryState, RecordExperts
 from engine.wire.to_tokenizer import Tokenize, ToTokenizer
 from http_frontend.journal import Journal
 
 log = logging.getLogger(__name__)
 
-Answer = Flushed | State | Tokenized | Detokenized
+Answer = Flushed | State | ExpertsRecorded | Tokenized | Detokenized
 A = TypeVar("A", bound=Answer)
 
 
@@ -80,7 +81,7 @@ class Ring:
         """Ask the scheduler for its state, for the sake of `on_scheduler` alone: nobody waits for the answer."""
         self._tokenizer.send(QueryState(self.next_key()))
 
-    async def ask(self, message: Tokenize | FlushCache | QueryState | Detokenize, answer: type[A]) -> A:
+    async def ask(self, message: Tokenize | FlushCache | QueryState | RecordExperts | Detokenize, answer: type[A]) -> A:
         """Send a control message and wait for its answer, as long as it takes."""
         future: asyncio.Future[Answer] = self._loop.create_future()
         self._waiting[message.key] = future
@@ -119,11 +120,11 @@ class Ring:
                 self.journal.ended(message)
                 if message.origin == "scheduler":
                     self.on_scheduler()
-            case Flushed() | State() | Tokenized() | Detokenized():
+            case Flushed() | State() | ExpertsRecorded() | Tokenized() | Detokenized():
                 future = self._waiting.get(message.key)
                 if future is not None and not future.done():
                     future.set_result(message)
-                if isinstance(message, Flushed | State):
+                if isinstance(message, Flushed | State | ExpertsRecorded):
                     self.on_scheduler()
             case Serving():
                 self.on_serving(message)

@@ -38,6 +38,7 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 class Engine:
     """A loaded model with its KV pool, and what both allow."""
 
+    config: ModelConfig
     backend: Backend
     program: Program
     limits: Limits
@@ -83,7 +84,7 @@ def load_engine(config: RunConfig, *, started: float) -> Engine:
         limits.kvcache_gb, slots, limits.available_gb,
         ", ".join(f"{name} {spent:.2f} s" for name, spent in seconds.items()),
     )  # fmt: skip
-    return Engine(backend, program, limits)
+    return Engine(model_config, backend, program, limits)
 
 
 def fill_weights(model: Model, config: RunConfig, model_config: ModelConfig) -> None:

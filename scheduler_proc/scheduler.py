@@ -13,8 +13,8 @@ from engine.kernels.table import Backend
 from engine.wire.results import Finish
 from engine.wire.sockets import Inbox, Outbox
 from engine.wire.to_detokenizer import NO_TOKEN, ToDetokenizer
-from engine.wire.to_frontend import Ended, Flushed, State
-from engine.wire.to_scheduler import Abort, Admit, FlushCache, QueryState, StopSeen, ToScheduler
+from engine.wire.to_frontend import Ended, ExpertsRecorded, Flushed, State
+from engine.wire.to_scheduler import Abort, Admit, FlushCache, QueryState, RecordExperts, StopSeen, ToScheduler
 from scheduler_proc.kv_memory import InvariantError
 from scheduler_proc.outputs import StepRows
 from scheduler_proc.planner import Extend, Planner
@@ -101,6 +101,8 @@ class Scheduler:
                 self.flushes.append((message, time.monotonic() + timeout))
             case QueryState(key):
                 self.outbox.send(State(key, self.state()))
+            case RecordExperts(key, action):
+                self.outbox.send(ExpertsRecorded(key, self._record_experts(action)))
 
     def step(self) -> None:
         """Plan and run one step, and send what it produced."""
@@ -133,6 +135,25 @@ class Scheduler:
             "num_free_tokens": memory.pool.free_count,
             "num_retractions": self.planner.preemptions,
         }
+
+    def _record_experts(self, action: str) -> str | None:
+        """Returns why it could not be done."""
+        recorder = self.runner.recorder
+        if recorder is None:
+            return "the expert distribution is not recorded: --expert-distribution-recorder-mode is not set"
+        match action:
+            case "start":
+                recorder.start()
+            case "stop":
+                recorder.stop()
+            case _:
+                try:
+                    recorder.dump(rank=0)
+                except OSError as error:
+                    logger.exception("The expert distribution cannot be written")
+                    folder = recorder.settings.folder
+                    return f"the expert distribution cannot be written to {str(folder)!r}: {error.strerror}"
+        return None
 
     def _admit(self, admit: Admit) -> None:
         prompt_length = len(admit.input_ids) // 4

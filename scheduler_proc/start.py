@@ -17,6 +17,7 @@ from engine.wire.to_scheduler import ToScheduler
 from scheduler_proc.kv_memory import KvMemory
 from scheduler_proc.load import Engine, load_engine, longest_request
 from scheduler_proc.planner import Planner, PlannerLimits
+from scheduler_proc.recorder import Recorder, recorder_settings
 from scheduler_proc.runner import Runner
 from scheduler_proc.scheduler import Scheduler, SchedulerSettings
 from scheduler_proc.statistics import Statistics
@@ -41,7 +42,7 @@ def main(started: float) -> None:
     scheduler = Scheduler(
         settings=loop_settings,
         planner=Planner(planner_limits(config, engine), memory(config, engine)),
-        runner=Runner(engine.program, engine.backend),
+        runner=Runner(engine.program, engine.backend, recorder(config, engine)),
         backend=engine.backend,
         inbox=inbox,
         outbox=Outbox(context, config.runtime_dir, "detokenizer"),
@@ -53,6 +54,11 @@ def main(started: float) -> None:
 
 def memory(config: RunConfig, engine: Engine) -> KvMemory:
     return KvMemory(engine.limits.max_total_num_tokens, reuse=not config.server.disable_radix_cache)
+
+
+def recorder(config: RunConfig, engine: Engine) -> Recorder | None:
+    wanted = recorder_settings(config.server, engine.config)
+    return None if wanted is None else Recorder(wanted)
 
 
 def planner_limits(config: RunConfig, engine: Engine) -> PlannerLimits:

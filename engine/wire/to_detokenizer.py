@@ -7,7 +7,7 @@ import msgspec
 
 from engine.wire.results import Finish, InputLogprobs, TokenLogprobs
 from engine.wire.sampling import TextOptions
-from engine.wire.to_frontend import Ended, Flushed, State, Vectors
+from engine.wire.to_frontend import Ended, ExpertsRecorded, Flushed, State, Vectors
 
 NO_TOKEN = -1
 """Stands in `StepOutput.tokens` for a row that ended without a new token."""
@@ -55,4 +55,4 @@ class Detokenize(msgspec.Struct, frozen=True, array_like=True, tag=True):
     skip_special_tokens: bool
 
 
-ToDetokenizer = StepOutput | Detokenize | Ended | Vectors | Flushed | State
+ToDetokenizer = StepOutput | Detokenize | Ended | Vectors | Flushed | State | ExpertsRecorded

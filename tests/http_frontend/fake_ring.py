@@ -30,13 +30,14 @@ from engine.wire.to_frontend import (
     Begun,
     Detokenized,
     Ended,
+    ExpertsRecorded,
     Flushed,
     State,
     TextStep,
     ToFrontend,
     Tokenized,
 )
-from engine.wire.to_scheduler import Abort, FlushCache, QueryState
+from engine.wire.to_scheduler import Abort, FlushCache, QueryState, RecordExperts
 from engine.wire.to_tokenizer import Generate, Tokenize, ToTokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -148,6 +149,8 @@ class FakeRing:
                 self.frontend.send(Flushed(message.key, not self.running))
             case QueryState():
                 self.frontend.send(State(message.key, {"last_gen_throughput": 1.5}))
+            case RecordExperts():
+                self.frontend.send(ExpertsRecorded(message.key))
             case Tokenize():
                 ids = [
                     [ord(letter) for letter in prompt]
