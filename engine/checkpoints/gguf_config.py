@@ -16,7 +16,19 @@ from engine.checkpoints.config_fields import Fields
 from engine.checkpoints.errors import CheckpointError
 from engine.checkpoints.gguf_file import KINDS, GgufHeader
 
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen2moe": "Qwen2MoeForCausalLM",
+    "qwen3moe": "Qwen3MoeForCausalLM",
+}
+_MODEL_TYPES = {
+    "MistralForCausalLM": "mistral",
+    "MixtralForCausalLM": "mixtral",
+    "Qwen2MoeForCausalLM": "qwen2_moe",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+}
 ROPE_FACTORS = "rope_freqs.weight"
 
 
@@ -51,9 +63,10 @@ def config_of_gguf(files: list[tuple[Path, GgufHeader]]) -> GgufConfig:
     if fields.positive("attention.value_length", head_dim) != head_dim:
         raise fields.error("attention.value_length", f"equal to attention.key_length ({head_dim})")
     window = fields.count("attention.sliding_window") if "attention.sliding_window" in own else 0
+    architecture = _architecture(arch, fields, window)
     raw: dict[str, Any] = {
-        "architectures": [_architecture(arch, fields, window)],
-        "model_type": "mistral" if arch == "llama" and window else arch,
+        "architectures": [architecture],
+        "model_type": _MODEL_TYPES.get(architecture, arch),
         "hidden_size": hidden_size,
         "num_hidden_layers": fields.positive("block_count"),
         "num_attention_heads": num_heads,
@@ -72,9 +85,10 @@ def config_of_gguf(files: list[tuple[Path, GgufHeader]]) -> GgufConfig:
         "sliding_window": window or None,
         "dtype": _dtype(header),
         **_rope(files, fields, head_dim),
+        **_experts(fields, header),
     }
     biases = {"output_bias": "blk.0.attn_output.bias" in header.tensors}
-    if raw["architectures"] == ["MistralForCausalLM"]:
+    if architecture == "MistralForCausalLM":
         biases |= {"attention_bias": raw["attention_bias"], "mlp_bias": raw["mlp_bias"]}
     return GgufConfig(raw=raw, biases=biases)
 
@@ -89,6 +103,26 @@ def _architecture(arch: str, fields: Fields, window: int) -> str:
     if arch == "llama" and window:
         return "MistralForCausalLM"
     return _ARCHITECTURES.get(arch, arch)
+
+
+def _experts(fields: Fields, header: GgufHeader) -> dict[str, Any]:
+    """The keys of a mixture of experts, which every layer then has. Whether the shares of a token's experts sum to 1 is
+    not in the file: they do in llama.cpp's Qwen3 and Mixtral, not in its Qwen2."""
+    arch = fields.architecture
+    if not fields.raw.get("expert_count"):
+        return {}
+    used, width = fields.positive("expert_used_count"), fields.positive("feed_forward_length")
+    experts = {"num_experts_per_tok": used}
+    if arch == "llama":
+        return {"num_local_experts": fields.positive("expert_count"), **experts}
+    return {
+        "num_experts": fields.positive("expert_count"),
+        **experts,
+        "moe_intermediate_size": fields.positive("expert_feed_forward_length", max(1, width // used)),
+        "shared_expert_intermediate_size": fields.positive("expert_shared_feed_forward_length", width),
+        "norm_topk_prob": arch == "qwen3moe",
+        "qkv_bias": "blk.0.attn_q.bias" in header.tensors,
+    }
 
 
 def _vocab_size(header: GgufHeader, fields: Fields) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,7 +33,17 @@ _LAYER_NAMES = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.gate_proj",
+    "ffn_up_exps": "mlp.experts.up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }
+# A matrix of one row there, a vector here.
+_ONE_ROW = ".shared_expert_gate.weight"
 _NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<stem>\w+)\.(?P<suffix>weight|bias)")
 
 
@@ -82,6 +92,8 @@ class GgufReader:
                     continue
                 # llama.cpp's rotary embedding turns neighbours, transformers' the two halves of a head; files of this
                 # one architecture have the rows of q and k reordered so that both mean the same.
+                if hugging_face_name(name).endswith(_ONE_ROW) and len(tensor.shape) == 1:
+                    tensor = replace(tensor, shape=(1, *tensor.shape))
                 rotary = permuted and re.search(r"\.attn_[qk]\.(weight|bias)$", name) is not None
                 self._add(
                     hugging_face_name(name), _Source(mapped, str(file), tensor, config.head_dim if rotary else None)
