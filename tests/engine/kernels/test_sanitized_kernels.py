@@ -13,8 +13,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 TESTS = [
-    "test_cpu_ops.py", "test_cpu_attention.py", "test_cpu_refusals.py", "test_cpu_team.py", "test_sampling_ops.py",
-    "test_noise.py",
+    "test_cpu_ops.py", "test_cpu_moe.py", "test_cpu_attention.py", "test_cpu_refusals.py", "test_cpu_team.py",
+    "test_sampling_ops.py", "test_noise.py",
 ]  # fmt: skip
 LEFT_OUT = (
     "thousands_of_keys or large_vocabulary or distribution_says or (large_products and 49152) or too_large or"
