@@ -13,6 +13,7 @@
 #include <optional>
 #include <stdexcept>
 
+#include "bind_moe.h"
 #include "isa.h"
 #include "matrix.h"
 #include "plan.h"
@@ -253,16 +254,20 @@ void bind_plan(nb::module_ &module) {
             return product_rate(team, kernels_of(isa), dtype_of(dtype));
         },
         nb::arg("team"), nb::arg("isa"), nb::arg("dtype"), "FLOP per second of products from the first-level cache.");
-    nb::class_<Plan>(module, "Plan", "A recorded step; see csrc/plan.h")
-        .def(
+    auto plan = nb::class_<Plan>(module, "Plan", "A recorded step; see csrc/plan.h");
+    bind_moe(plan);
+    plan.def(
             "__init__",
             [](Plan *self, std::shared_ptr<Team> team, const std::string &isa) {
                 new (self) Plan(std::move(team), kernels_of(isa));
             },
             nb::arg("team"), nb::arg("isa"))
         .def(
-            "buffer", [](Plan &plan, int width, int dtype) { return plan.add_buffer(width, dtype_of(dtype)); },
-            nb::arg("width"), nb::arg("dtype"))
+            "buffer",
+            [](Plan &plan, int width, int dtype, int rows_each) {
+                return plan.add_buffer(width, dtype_of(dtype), rows_each);
+            },
+            nb::arg("width"), nb::arg("dtype"), nb::arg("rows_each") = 1)
         .def(
             "embedding",
             [](Plan &plan, const Matrix &table, int out, float scale) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "chunks.h"
 #include "team.h"
 
 namespace tokenmill {
@@ -11,29 +12,9 @@ namespace {
 
 // Depth whose panels stay in the second-level cache while all tiles of a chunk pass over them.
 constexpr int DEPTH_BLOCK = 8192;
-// Chunks per thread that a product is cut into where its panels allow it, and the most bytes of weights in a chunk.
-constexpr int CHUNKS_PER_THREAD = 8;
-constexpr std::ptrdiff_t CHUNK_BYTES = 256 * 1024;
 
 // Channels of a sequence that a chunk pools.
 constexpr int POOLED_CHANNELS = 128;
-
-int divided(int count, int by) { return (count + by - 1) / by; }
-
-// Rows of a chunk of an op that works row by row.
-int rows_per_chunk(int rows, int threads) { return std::clamp(divided(rows, threads * 4), 4, 32); }
-
-struct Range {
-    int first;
-    int last;
-};
-
-Range rows_of(int chunk, int rows, int threads) {
-    const int step = rows_per_chunk(rows, threads);
-    return {chunk * step, std::min(rows, (chunk + 1) * step)};
-}
-
-int row_chunks(int rows, int threads) { return rows == 0 ? 0 : divided(rows, rows_per_chunk(rows, threads)); }
 
 // How a product is cut: chunk c has the rows of c / panel_chunks and the panels of c % panel_chunks.
 struct Cut {
@@ -45,14 +26,8 @@ struct Cut {
 
 Cut cut(const Linear &op, int rows, int threads) {
     const int row_chunks = divided(rows, static_cast<int>(TILE_ROWS_MOST));
-    const int unit = op.weights->gated() ? 2 : 1;
-    const auto most = static_cast<int>(std::max<std::ptrdiff_t>(1, CHUNK_BYTES / op.weights->panel_bytes()));
-    const int wanted = op.weights->panels() * row_chunks / (threads * CHUNKS_PER_THREAD);
-    int panels = std::clamp(wanted, 1, most) / unit * unit;
-    panels = std::max(panels, unit);
-    while (static_cast<std::int64_t>(divided(op.weights->panels(), panels)) * row_chunks >= Team::MOST_CHUNKS) {
-        panels *= 2;
-    }
+    const int panels = panels_per_chunk(op.weights->panels(), row_chunks, op.weights->panel_bytes(),
+                                        op.weights->gated() ? 2 : 1, threads, Team::MOST_CHUNKS);
     return {divided(rows, row_chunks), panels, divided(op.weights->panels(), panels), row_chunks};
 }
 
@@ -61,15 +36,7 @@ int rows_in(const Linear &op, const Inputs &inputs) { return op.picked ? inputs.
 // Products of rows [first, first + rows) with one panel into `out`.
 void product(const Linear &op, const Kernels &kernels, int first, int rows, int panel, float *out,
              std::ptrdiff_t out_stride) {
-    const Multiply multiply = kernels.multiply[static_cast<int>(op.weights->type())];
-    const int depth = op.weights->depth();
-    const auto *weights = static_cast<const char *>(op.weights->panel(panel));
-    const std::ptrdiff_t line = op.weights->panel_bytes() / depth;
-    const auto size = static_cast<std::ptrdiff_t>(size_of(op.in->type()));
-    for (int k = 0; k < depth; k += DEPTH_BLOCK) {
-        multiply(op.in->row(first) + k * size, op.in->stride(), rows, weights + k * line,
-                 std::min(DEPTH_BLOCK, depth - k), out, out_stride, k > 0);
-    }
+    product(kernels, *op.weights, {op.in->row(first), op.in->stride(), rows}, panel, out, out_stride);
 }
 
 void run_panel(const Linear &op, const Kernels &kernels, int first, int rows, int panel, float *tile) {
@@ -113,6 +80,19 @@ void clear_padding(const Buffer &buffer, int row) {
 }
 
 }  // namespace
+
+void product(const Kernels &kernels, const Matrix &weights, const InputRows &x, int panel, float *out,
+             std::ptrdiff_t out_stride) {
+    const Multiply multiply = kernels.multiply[static_cast<int>(weights.type())];
+    const int depth = weights.depth();
+    const auto *from = static_cast<const char *>(weights.panel(panel));
+    const std::ptrdiff_t line = weights.panel_bytes() / depth;
+    const std::ptrdiff_t size = weights.type() == Dtype::bf16 ? 2 : 4;
+    for (int k = 0; k < depth; k += DEPTH_BLOCK) {
+        multiply(x.data + k * size, x.stride, x.count, from + k * line, std::min(DEPTH_BLOCK, depth - k), out,
+                 out_stride, k > 0);
+    }
+}
 
 int chunks_of(const Embedding &, const Inputs &inputs, int threads) { return row_chunks(inputs.tokens, threads); }
 

@@ -127,6 +127,17 @@ void execute(const Narrow &op, const Bench &bench, int chunk, Scratch &scratch);
 void execute(const Linear &op, const Bench &bench, int chunk, Scratch &scratch);
 void execute(const RotaryStore &op, const Bench &bench, int chunk, Scratch &scratch);
 
+// Rows of a product's input, of the type that the weights want; stride in elements.
+struct InputRows {
+    const char *data;
+    std::ptrdiff_t stride;
+    int count;
+};
+
+// Products of the rows with one panel into `out`, a column of 32 for each row.
+void product(const Kernels &kernels, const Matrix &weights, const InputRows &x, int panel, float *out,
+             std::ptrdiff_t out_stride);
+
 // Most rows of a chunk of a product, and the bytes of Scratch::tile that they need (two panels of a gated matrix). An
 // embedding needs room for a row of its tables besides: as it is, and as floats.
 constexpr std::size_t TILE_ROWS_MOST = 112;

@@ -25,16 +25,18 @@ struct Overloaded : Cases... {
     using Cases::operator()...;
 };
 
-constexpr const char *NAMES[] = {"embedding", "embedding_sum", "angles", "norm",         "add_norm",  "layer_norm",
-                                 "pool",      "narrow",        "linear", "rotary_store", "attention", "merge"};
+constexpr const char *NAMES[] = {"embedding", "embedding_sum", "angles",       "norm",      "add_norm", "layer_norm",
+                                 "pool",      "narrow",        "linear",       "rotary_store", "attention", "merge",
+                                 "route",     "group",         "experts",      "combine"};
 static_assert(std::size(NAMES) == std::variant_size_v<Op>);
 
 }  // namespace
 
-Buffer::Buffer(int width, Dtype type, bool of_head)
-    : width_(width), type_(type), of_head_(of_head), stride_(stride_of(width, type)) {
-    if (width < 1) {
-        throw std::invalid_argument("a buffer's width is at least 1, not " + std::to_string(width));
+Buffer::Buffer(int width, Dtype type, bool of_head, int rows_each)
+    : width_(width), type_(type), of_head_(of_head), rows_each_(rows_each), stride_(stride_of(width, type)) {
+    if (width < 1 || rows_each < 1) {
+        throw std::invalid_argument("a buffer's width and rows_each are at least 1, not " + std::to_string(width) +
+                                    " and " + std::to_string(rows_each));
     }
 }
 
@@ -48,9 +50,14 @@ void Buffer::reserve(int rows) {
 Plan::Plan(std::shared_ptr<Team> team, const Kernels &kernels)
     : team_(std::move(team)), kernels_(kernels), scratch_(static_cast<std::size_t>(team_->threads())) {}
 
-int Plan::add_buffer(int width, Dtype type) {
-    buffers_.push_back(std::make_unique<Buffer>(width, type, in_head_));
+int Plan::add_buffer(int width, Dtype type, int rows_each) {
+    buffers_.push_back(std::make_unique<Buffer>(width, type, in_head_, rows_each));
     return static_cast<int>(buffers_.size()) - 1;
+}
+
+int Plan::add_routing(int experts, int top_k) {
+    routings_.push_back(std::make_unique<Routing>(experts, top_k));
+    return static_cast<int>(routings_.size()) - 1;
 }
 
 int Plan::layout_of(bool causal, int window, int group, int kv_heads) {
@@ -74,6 +81,9 @@ void Plan::add(Op op) {
     if (const auto *attend = std::get_if<Attend>(&op)) {
         scratch_bytes_ = std::max(scratch_bytes_, attention_scratch(attend->attention));
         record_floats_ = std::max(record_floats_, record_floats(attend->attention));
+    }
+    if (const auto *experts = std::get_if<ExpertProduct>(&op)) {
+        gathered_bytes_ = std::max(gathered_bytes_, gathered_bytes(*experts));
     }
     if (const auto *embedding = std::get_if<Embedding>(&op)) {
         tile_bytes_ = std::max(tile_bytes_, static_cast<std::size_t>(embedding->table->inputs()) * sizeof(float));
@@ -102,10 +112,13 @@ void Plan::begin_head(Pooling pooling) {
 
 void Plan::reserve() {
     for (std::size_t i = 0; i < buffers_.size(); ++i) {
-        buffers_[i]->reserve(buffers_[i]->of_head() ? inputs_.picked : inputs_.tokens);
+        buffers_[i]->reserve((buffers_[i]->of_head() ? inputs_.picked : inputs_.tokens) * buffers_[i]->rows_each());
+    }
+    for (const auto &routing : routings_) {
+        routing->reserve(inputs_.tokens);
     }
     for (Scratch &scratch : scratch_) {
-        scratch.reserve(tile_bytes_, scratch_bytes_);
+        scratch.reserve(tile_bytes_, scratch_bytes_, gathered_bytes_);
     }
 }
 

@@ -9,6 +9,7 @@
 
 #include "attention.h"
 #include "check_ops.h"
+#include "moe.h"
 #include "ops.h"
 #include "team.h"
 
@@ -23,7 +24,7 @@ struct Merge {
 };
 
 using Op = std::variant<Embedding, EmbeddingSum, Angles, Norm, AddNorm, LayerNorm, Pool, Narrow, Linear, RotaryStore,
-                        Attend, Merge>;
+                        Attend, Merge, Route, Group, ExpertProduct, Combine>;
 
 // Ops with resolved weights and buffers, in the order in which they run. The ops after `begin_head` work on the picked
 // rows of a step and may be run again for other rows of it.
@@ -31,13 +32,20 @@ class Plan {
   public:
     Plan(std::shared_ptr<Team> team, const Kernels &kernels);
 
-    int add_buffer(int width, Dtype type);
+    int add_buffer(int width, Dtype type, int rows_each);
     Buffer &buffer(int index) { return *buffers_.at(static_cast<std::size_t>(index)); }
 
     // Attention is laid out once a step for each window, causal or not. Returns the layout's index.
     int layout_of(bool causal, int window, int group, int kv_heads);
 
-    // Throws std::invalid_argument for an op that check_ops.h refuses.
+    // A router's decisions, which a layer's ops share; returns its index.
+    int add_routing(int experts, int top_k);
+    Routing &routing(int index) { return *routings_.at(static_cast<std::size_t>(index)); }
+
+    // Tokens of the last step.
+    int tokens() const { return inputs_.tokens; }
+
+    // Throws std::invalid_argument for an op that check_ops.h or moe.h refuses.
     void add(Op op);
     // pooling: what the head gets of the sequences that end with the picked rows, which must then lie wholly in the step.
     // With `first` it is their first rows that are picked.
@@ -77,6 +85,7 @@ class Plan {
     std::shared_ptr<Team> team_;
     const Kernels &kernels_;
     std::vector<std::unique_ptr<Buffer>> buffers_;
+    std::vector<std::unique_ptr<Routing>> routings_;
     std::vector<Op> ops_;
     std::size_t head_ = 0;
     bool in_head_ = false;
@@ -88,6 +97,7 @@ class Plan {
     std::vector<Scratch> scratch_;
     std::size_t tile_bytes_ = TILE_BYTES;
     std::size_t scratch_bytes_ = 0;
+    std::size_t gathered_bytes_ = 0;
     std::size_t record_floats_ = 0;
     Memory records_;
     std::vector<int> counts_;

@@ -13,8 +13,9 @@ namespace tokenmill {
 // Rows of activations. A row is padded with zeros to PANEL elements and starts on a cache line of its own.
 class Buffer {
   public:
-    // of_head: it has a row per picked row (else per token). Throws std::invalid_argument where width is below 1.
-    Buffer(int width, Dtype type, bool of_head);
+    // of_head: it has rows per picked row (else per token), rows_each of them. Throws std::invalid_argument where width
+    // or rows_each is below 1.
+    Buffer(int width, Dtype type, bool of_head, int rows_each);
 
     // Make room for `rows` rows; what was in the buffer is lost when it grows.
     void reserve(int rows);
@@ -23,6 +24,7 @@ class Buffer {
     int padded() const { return static_cast<int>(round_up(width_, PANEL)); }
     Dtype type() const { return type_; }
     bool of_head() const { return of_head_; }
+    int rows_each() const { return rows_each_; }
     int rows() const { return rows_; }
     std::ptrdiff_t stride() const { return stride_; }  // in elements
 
@@ -36,6 +38,7 @@ class Buffer {
     int width_;
     Dtype type_;
     bool of_head_;
+    int rows_each_;
     std::ptrdiff_t stride_;
     int rows_ = 0;
     Memory memory_;
@@ -67,12 +70,17 @@ struct Inputs {
 struct Scratch {
     Memory tile;       // products of a chunk before they are rounded
     Memory attention;  // see attention.cpp
-    void reserve(std::size_t tile_bytes, std::size_t attention_bytes) {
-        if (tile.size() < tile_bytes) {
-            tile = Memory(tile_bytes);
-        }
-        if (attention.size() < attention_bytes) {
-            attention = Memory(attention_bytes);
+    Memory gathered;   // an expert's rows, one below the other
+    void reserve(std::size_t tile_bytes, std::size_t attention_bytes, std::size_t gathered_bytes) {
+        grow(tile, tile_bytes);
+        grow(attention, attention_bytes);
+        grow(gathered, gathered_bytes);
+    }
+
+  private:
+    static void grow(Memory &memory, std::size_t bytes) {
+        if (memory.size() < bytes) {
+            memory = Memory(bytes);
         }
     }
 };

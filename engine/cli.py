@@ -32,7 +32,14 @@ def bench(words: Sequence[str]) -> int:
     return measure(options)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"serve": serve, "bench": bench}
+def experts(words: Sequence[str]) -> int:
+    """Draw which experts were chosen."""
+    from engine.bench.expert_map import plot_experts
+
+    return plot_experts(words)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"serve": serve, "bench": bench, "experts": experts}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,6 +19,7 @@ from http_frontend.call import BARE_SEND
 from http_frontend.control import Control
 from http_frontend.encode import plan_embeddings, plan_encode
 from http_frontend.errors import RefusedError, error_response, json_response
+from http_frontend.experts import Experts
 from http_frontend.frontend import Frontend
 from http_frontend.generate import GenerateEndpoint
 from http_frontend.health import Health
@@ -58,6 +59,7 @@ def build_app(frontend: Frontend) -> ASGIApp:
 
 def _routes(frontend: Frontend) -> list[Route]:
     info, health, control, text = Info(frontend), Health(frontend), Control(frontend), Text(frontend)
+    experts = Experts(frontend)
     return [
         _route("/generate", GenerateEndpoint(frontend), "POST", "PUT"),
         _route("/encode", WholeCall(frontend, plan_encode, "A"), "POST", "PUT"),
@@ -77,6 +79,9 @@ def _routes(frontend: Frontend) -> list[Route]:
         _route("/get_server_info", info.server_info, "GET"),
         _route("/flush_cache", control.flush_cache, "GET", "POST"),
         _route("/abort_request", control.abort_request, "POST"),
+        _route("/start_expert_distribution_record", experts.start, "GET", "POST"),
+        _route("/stop_expert_distribution_record", experts.stop, "GET", "POST"),
+        _route("/dump_expert_distribution_record", experts.dump, "GET", "POST"),
         _route("/tokenize", text.tokenize, "POST"),
         _route("/v1/tokenize", text.tokenize, "POST"),
         _route("/detokenize", text.detokenize, "POST"),

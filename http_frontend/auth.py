@@ -20,6 +20,9 @@ ADMIN_PATHS = frozenset(
         "/get_weights_by_name",
         "/pause_generation",
         "/continue_generation",
+        "/start_expert_distribution_record",
+        "/stop_expert_distribution_record",
+        "/dump_expert_distribution_record",
     }
 )
 """Routes that the admin key guards."""

@@ -17,6 +17,7 @@ from engine.wire.to_frontend import (
     Accepted,
     Detokenized,
     Ended,
+    ExpertsRecorded,
     Flushed,
     State,
     TextStep,
@@ -24,14 +25,15 @@ from engine.wire.to_frontend import (
     Tokenized,
     Vectors,
 )
-from engine.wire.to_scheduler import FlushCache, QueryState
+from engine.wire.to_scheduler import FlushCache, QueryState, RecordExperts
 from engine.wire.to_tokenizer import Tokenize, ToTokenizer
 from engine.wire.weights import Paused, WeightControl, WeightRows, WeightsUpdated
 from http_frontend.journal import Journal
 
 log = logging.getLogger(__name__)
 
-Answer = Flushed | State | WeightsUpdated | WeightRows | Paused | Tokenized | Detokenized
+Answer = Flushed | State | ExpertsRecorded | WeightsUpdated | WeightRows | Paused | Tokenized | Detokenized
+Question = Tokenize | FlushCache | QueryState | RecordExperts | WeightControl | Detokenize
 A = TypeVar("A", bound=Answer)
 
 
@@ -84,7 +86,7 @@ class Ring:
         """Ask the scheduler for its state, for the sake of `on_scheduler` alone: nobody waits for the answer."""
         self._tokenizer.send(QueryState(self.next_key()))
 
-    async def ask(self, message: Tokenize | FlushCache | QueryState | WeightControl | Detokenize, answer: type[A]) -> A:
+    async def ask(self, message: Question, answer: type[A]) -> A:
         """Send a control message and wait for its answer, as long as it takes."""
         future: asyncio.Future[Answer] = self._loop.create_future()
         self._waiting[message.key] = future
@@ -126,7 +128,10 @@ class Ring:
                 self.journal.ended(message)
                 if message.origin == "scheduler":
                     self.on_scheduler()
-            case Flushed() | State() | WeightsUpdated() | WeightRows() | Paused() | Tokenized() | Detokenized():
+            case (
+                Flushed() | State() | ExpertsRecorded() | WeightsUpdated() | WeightRows() | Paused()
+                | Tokenized() | Detokenized()
+            ):  # fmt: skip
                 if isinstance(message, WeightsUpdated | Paused):
                     self.on_weights(message)
                 future = self._waiting.get(message.key)

@@ -12,6 +12,7 @@ from engine.kernels.batch import RaggedBatch
 from engine.kernels.table import Backend, Program
 from scheduler_proc.planner import Extend
 from scheduler_proc.prompt_logprobs import record
+from scheduler_proc.recorder import Recorder
 from scheduler_proc.request import Request
 
 NO_ROWS = np.empty(0, np.int64)
@@ -21,10 +22,12 @@ HEAD_ROWS = 128
 
 @dataclass(frozen=True, slots=True)
 class Runner:
-    """The model's step over its KV pool. backend: the program's, for the logprobs of prompts."""
+    """The model's step over its KV pool. backend: the program's, for the logprobs of prompts. recorder: None where none
+    was asked for."""
 
     program: Program
     backend: Backend
+    recorder: Recorder | None = None
 
     def run(self, plan: list[Extend]) -> tuple[torch.Tensor, list[Request]]:
         """Compute one step: KV of every planned token, prompt logprobs where wanted.
@@ -42,6 +45,8 @@ class Runner:
             self.program.run(batch, NO_ROWS)
             self._prompt_logprobs(plan, batch)
             logits = self.program.logits(rows)
+        if self.recorder is not None:
+            self.recorder.step(batch, self.program.routing)
         for step in plan:
             step.request.computed += step.count
         return logits, sampled

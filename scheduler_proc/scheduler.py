@@ -14,8 +14,8 @@ from engine.kernels.table import Backend
 from engine.wire.results import Finish
 from engine.wire.sockets import Inbox, Outbox
 from engine.wire.to_detokenizer import NO_TOKEN, ToDetokenizer
-from engine.wire.to_frontend import Ended, Flushed, State
-from engine.wire.to_scheduler import Abort, Admit, FlushCache, QueryState, StopSeen, ToScheduler
+from engine.wire.to_frontend import Ended, ExpertsRecorded, Flushed, State
+from engine.wire.to_scheduler import Abort, Admit, FlushCache, QueryState, RecordExperts, StopSeen, ToScheduler
 from engine.wire.weights import PauseGeneration, WeightControl
 from scheduler_proc.generation import Generation
 from scheduler_proc.kv_memory import InvariantError
@@ -139,6 +139,8 @@ class Scheduler:
                 self.flushes.append((message, time.monotonic() + timeout))
             case QueryState(key):
                 self.outbox.send(State(key, self.state()))
+            case RecordExperts(key, action):
+                self.outbox.send(ExpertsRecorded(key, self._record_experts(action)))
             case _:
                 self._control(message)
 
@@ -183,6 +185,25 @@ class Scheduler:
             "num_free_tokens": usage.free,
             "num_retractions": self.planner.preemptions,
         }
+
+    def _record_experts(self, action: str) -> str | None:
+        """Returns why it could not be done."""
+        recorder = self.runner.recorder
+        if recorder is None:
+            return "the expert distribution is not recorded: --expert-distribution-recorder-mode is not set"
+        match action:
+            case "start":
+                recorder.start()
+            case "stop":
+                recorder.stop()
+            case _:
+                try:
+                    recorder.dump(rank=0)
+                except OSError as error:
+                    logger.exception("The expert distribution cannot be written")
+                    folder = recorder.settings.folder
+                    return f"the expert distribution cannot be written to {str(folder)!r}: {error.strerror}"
+        return None
 
     def _admit(self, admit: Admit) -> None:
         prompt_length = len(admit.input_ids) // 4

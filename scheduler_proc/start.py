@@ -19,6 +19,7 @@ from scheduler_proc.kv_memory import KvMemory
 from scheduler_proc.load import Engine, load_engine, longest_request
 from scheduler_proc.memory import Memory
 from scheduler_proc.planner import Planner, PlannerLimits
+from scheduler_proc.recorder import Recorder, recorder_settings
 from scheduler_proc.runner import Runner
 from scheduler_proc.scheduler import Scheduler, SchedulerSettings
 from scheduler_proc.statistics import Statistics
@@ -48,7 +49,7 @@ def main(started: float) -> None:
     scheduler = Scheduler(
         settings=loop_settings,
         planner=Planner(planner_limits(config, engine), memory(config, engine)),
-        runner=Runner(engine.program, engine.backend),
+        runner=Runner(engine.program, engine.backend, recorder(config, engine)),
         backend=engine.backend,
         inbox=inbox,
         outbox=Outbox(context, config.runtime_dir, "detokenizer"),
@@ -68,6 +69,11 @@ def memory(config: RunConfig, engine: Engine) -> Memory:
     if engine.reads_whole:
         return StepMemory(engine.limits.max_total_num_tokens)
     return KvMemory(engine.limits.max_total_num_tokens, reuse=not config.server.disable_radix_cache)
+
+
+def recorder(config: RunConfig, engine: Engine) -> Recorder | None:
+    wanted = recorder_settings(config.server, engine.model.config)
+    return None if wanted is None else Recorder(wanted)
 
 
 def planner_limits(config: RunConfig, engine: Engine) -> PlannerLimits:

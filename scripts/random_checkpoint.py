@@ -46,6 +46,24 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-5,
     },
 }
+SHAPES["moe-1.7b"] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_size": 1024,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "intermediate_size": 4096,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 512,
+    "norm_topk_prob": True,
+    "vocab_size": 49152,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1000000.0,
+    "rms_norm_eps": 1e-6,
+}
+"""No model's, but the proportions of many: 8 of 64 experts, 0.3 of 1.7 billion parameters a token."""
 _COMMON = {"hidden_act": "silu", "tie_word_embeddings": True, "torch_dtype": "bfloat16", "eos_token_id": 0}
 
 
@@ -73,9 +91,13 @@ def write_checkpoint(folder: Path, shape: dict[str, Any], seed: int) -> None:
 
 
 def tensors_of(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every tensor of a Llama or Qwen2 with tied embeddings; Qwen2 has biases on q, k and v."""
-    hidden, width = config["hidden_size"], config["intermediate_size"]
-    keys = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
+    """Name → shape of every tensor of a Llama, a Qwen2 or a Qwen3 with experts, with tied embeddings.
+
+    Qwen2 has biases on q, k and v; Qwen3 norms of queries and keys.
+    """
+    hidden, experts = config["hidden_size"], config.get("num_experts")
+    head = hidden // config["num_attention_heads"]
+    keys = head * config["num_key_value_heads"]
     tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
     for layer in range(config["num_hidden_layers"]):
         at = f"model.layers.{layer}"
@@ -84,11 +106,22 @@ def tensors_of(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         if config["model_type"] == "qwen2":
             tensors |= {f"{at}.self_attn.{name}_proj.bias": (count,) for name, count in rows.items()}
         tensors[f"{at}.self_attn.o_proj.weight"] = (hidden, hidden)
-        tensors |= {f"{at}.mlp.{name}_proj.weight": (width, hidden) for name in ("gate", "up")}
-        tensors[f"{at}.mlp.down_proj.weight"] = (hidden, width)
+        if config["model_type"] == "qwen3_moe":
+            tensors |= {f"{at}.self_attn.{name}_norm.weight": (head,) for name in ("q", "k")}
+        if experts is None:
+            tensors |= _mlp(f"{at}.mlp", config["intermediate_size"], hidden)
+        else:
+            tensors[f"{at}.mlp.gate.weight"] = (experts, hidden)
+            for number in range(experts):
+                tensors |= _mlp(f"{at}.mlp.experts.{number}", config["moe_intermediate_size"], hidden)
         tensors |= {f"{at}.{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
     tensors["model.norm.weight"] = (hidden,)
     return tensors
+
+
+def _mlp(at: str, width: int, hidden: int) -> dict[str, tuple[int, ...]]:
+    shapes = {"gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)}
+    return {f"{at}.{name}_proj.weight": shape for name, shape in shapes.items()}
 
 
 def _write_tokenizer(folder: Path) -> None:

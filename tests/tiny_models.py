@@ -21,10 +21,13 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     RobertaConfig,
     XLMRobertaConfig,
 )
@@ -98,8 +101,31 @@ def rewritten(path: Path, target: Path, change: Callable[[Tensors], Tensors]) ->
 
 def load_oracle(path: Path, dtype: torch.dtype = torch.float32, auto: Any = AutoModelForCausalLM) -> PreTrainedModel:
     """The checkpoint as `transformers` has it, with its plainest attention."""
-    model: PreTrainedModel = auto.from_pretrained(path, dtype=dtype, attn_implementation="eager")
+    plain = {"attn_implementation": "eager"}
+    if '"num_experts_per_tok"' in (path / "config.json").read_text():
+        plain["experts_implementation"] = "eager"
+    model: PreTrainedModel = auto.from_pretrained(path, dtype=dtype, **plain)
     return model.eval()
+
+
+def tiny_qwen2_moe(path: Path, **overrides: Any) -> Path:
+    """Qwen2MoeForCausalLM, 2 of 8 experts and a shared one, whose second layer is dense."""
+    shape = {"hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 6, "num_key_value_heads": 3}
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 36, "mlp_only_layers": [1]}
+    return _write(path, Qwen2MoeConfig, {**shape, **experts, "shared_expert_intermediate_size": 70, **overrides})
+
+
+def tiny_qwen3_moe(path: Path, **overrides: Any) -> Path:
+    """Qwen3MoeForCausalLM, 3 of 8 experts whose shares sum to 1."""
+    shape = {"hidden_size": 40, "intermediate_size": 80, "num_attention_heads": 4, "num_key_value_heads": 2}
+    experts = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 34, "norm_topk_prob": True}
+    return _write(path, Qwen3MoeConfig, {**shape, **experts, "head_dim": 12, **overrides})
+
+
+def tiny_mixtral(path: Path, **overrides: Any) -> Path:
+    """MixtralForCausalLM, 2 of 8 experts, a window of 7 tokens in all layers."""
+    shape = {"hidden_size": 40, "intermediate_size": 52, "num_attention_heads": 4, "num_key_value_heads": 1}
+    return _write(path, MixtralConfig, {**shape, "num_local_experts": 8, "sliding_window": 7, **overrides})
 
 
 def _write(
@@ -119,6 +145,6 @@ def _write(
             elif parameter.dim() == 1:
                 parameter.normal_(0, 0.3, generator=generator)
             else:
-                parameter.normal_(0, 1.3 * parameter.shape[1] ** -0.5, generator=generator)
+                parameter.normal_(0, 1.3 * parameter.shape[-1] ** -0.5, generator=generator)
     model.save_pretrained(path)
     return write_folder(path, backend)

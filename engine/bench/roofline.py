@@ -1,8 +1,9 @@
 """What part of this machine's limits a row has reached.
 
 A decode step reads every weight that it multiplies once, whatever the number of clients, and the keys and values of
-each client's context; it multiplies each of those weights once a client. A prefill multiplies the layers' weights once
-a token and the head's once a prompt; attention itself, which is small beside that, is left out of both.
+each client's context; it multiplies each of those weights once a client. Of experts it reads those that some client's
+token takes: as many as tokens would take that choose evenly and on their own. A prefill multiplies the layers' weights
+once a token and the head's once a prompt; attention itself, which is small beside that, is left out of both.
 """
 
 from __future__ import annotations
@@ -26,12 +27,22 @@ _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Shape:
-    """layer_parameters: of all layers' projections. head_parameters: of the head. kv_bytes: of one token."""
+    """layer_parameters: that one token is multiplied with, of all layers' projections. head_parameters: of the head.
+    kv_bytes: of one token. weight_bytes: of all weights but experts'. expert_bytes: of one expert of each layer that
+    has them, of which a token takes top_k out of `experts`."""
 
     layer_parameters: int
     head_parameters: int
     weight_bytes: int
     kv_bytes: int
+    expert_bytes: int = 0
+    experts: int = 1
+    top_k: int = 0
+
+    def bytes_a_step(self, clients: int) -> float:
+        """Weights that a decode step reads."""
+        missed = (1 - self.top_k / self.experts) ** clients
+        return self.weight_bytes + self.expert_bytes * self.experts * (1 - missed)
 
 
 class Reached(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,11 +96,18 @@ def shape_of(model: ModelConfig, dtype: str, kv_dtype: str) -> Shape:
     """What a decoder multiplies a token, from its hyperparameters."""
     queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     attention = model.hidden_size * (2 * queries + 2 * keys)
-    mlp = 3 * model.hidden_size * model.intermediate_size
-    layers = model.num_layers * (attention + mlp)
+    moe = model.moe
+    sparse = sum(moe.sparse_layers) if moe is not None else 0
+    dense = model.num_layers * attention + (model.num_layers - sparse) * 3 * model.hidden_size * model.intermediate_size
     head = model.vocab_size * model.hidden_size
-    size = _BYTES[dtype]
-    return Shape(layers, head, (layers + head) * size, 2 * model.num_layers * keys * _BYTES[kv_dtype])
+    size, kv_bytes = _BYTES[dtype], 2 * model.num_layers * keys * _BYTES[kv_dtype]
+    if moe is None:
+        return Shape(dense, head, (dense + head) * size, kv_bytes)
+    shared = 3 * moe.shared_intermediate_size + 1 if moe.shared_intermediate_size is not None else 0
+    dense += sparse * model.hidden_size * (moe.num_experts + shared)
+    expert = sparse * 3 * model.hidden_size * moe.intermediate_size
+    layers = dense + moe.top_k * expert
+    return Shape(layers, head, (dense + head) * size, kv_bytes, expert * size, moe.num_experts, moe.top_k)
 
 
 def reached(roofline: Roofline, facts: Facts, rows: Sequence[RowFigures]) -> RooflineFigures:
@@ -104,7 +122,7 @@ def reached(roofline: Roofline, facts: Facts, rows: Sequence[RowFigures]) -> Roo
         read_bytes_s=roofline.read_bandwidth,
         matmul_flop_s=roofline.matmul,
         dtype=dtype,
-        weight_bytes_a_step=shape.weight_bytes,
+        weight_bytes_a_step=round(shape.bytes_a_step(1)),
         kv_bytes_a_token=shape.kv_bytes,
         parameters_a_token=shape.layer_parameters + shape.head_parameters,
         rows=[
@@ -134,7 +152,7 @@ def _prefill(row: RowFigures, shape: Shape, flops: float) -> Reached:
 def _decode(row: RowFigures, shape: Shape, flops: float, bandwidth: float) -> Reached:
     """The mean context is the prompt and half the output."""
     context = _prompt_tokens(row) + row.output_tokens_each / 2
-    reading = row.clients * bandwidth / (shape.weight_bytes + row.clients * context * shape.kv_bytes)
+    reading = row.clients * bandwidth / (shape.bytes_a_step(row.clients) + row.clients * context * shape.kv_bytes)
     multiplying = flops / (2 * (shape.layer_parameters + shape.head_parameters))
     bound = min(reading, multiplying)
     return Reached(

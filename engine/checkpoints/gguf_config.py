@@ -21,6 +21,14 @@ _ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "gemma3": "Gemma3ForCausalLM",
+    "qwen2moe": "Qwen2MoeForCausalLM",
+    "qwen3moe": "Qwen3MoeForCausalLM",
+}
+_MODEL_TYPES = {
+    "MistralForCausalLM": "mistral",
+    "MixtralForCausalLM": "mixtral",
+    "Qwen2MoeForCausalLM": "qwen2_moe",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
 }
 # The one Gemma 3 (27B) whose scores are scaled by another size than the head's is told by its layers.
 _GEMMA3_27B_LAYERS = 62
@@ -58,9 +66,10 @@ def config_of_gguf(files: list[tuple[Path, GgufHeader]]) -> GgufConfig:
     if fields.positive("attention.value_length", head_dim) != head_dim:
         raise fields.error("attention.value_length", f"equal to attention.key_length ({head_dim})")
     window = fields.count("attention.sliding_window") if "attention.sliding_window" in own else 0
+    architecture = _architecture(arch, fields, window)
     raw: dict[str, Any] = {
-        "architectures": [_architecture(arch, fields, window)],
-        "model_type": "mistral" if arch == "llama" and window else arch,
+        "architectures": [architecture],
+        "model_type": _MODEL_TYPES.get(architecture, arch),
         "hidden_size": hidden_size,
         "num_hidden_layers": fields.positive("block_count"),
         "num_attention_heads": num_heads,
@@ -79,11 +88,12 @@ def config_of_gguf(files: list[tuple[Path, GgufHeader]]) -> GgufConfig:
         "sliding_window": window or None,
         "dtype": _dtype(header),
         **_rope(files, fields, head_dim),
+        **_experts(fields, header),
     }
     if arch == "gemma3":
         raw |= _gemma3(fields, raw)
     biases = {"output_bias": "blk.0.attn_output.bias" in header.tensors}
-    if raw["architectures"] == ["MistralForCausalLM"]:
+    if architecture == "MistralForCausalLM":
         biases |= {"attention_bias": raw["attention_bias"], "mlp_bias": raw["mlp_bias"]}
     return GgufConfig(raw=raw, biases=biases)
 
@@ -117,6 +127,26 @@ def _gemma3(fields: Fields, raw: dict[str, Any]) -> dict[str, Any]:
         "layer_types": ["sliding_attention" if windowed else "full_attention" for windowed in sliding],
         "rope_local_base_freq": _as_written(fields.positive_number("rope.freq_base_swa", 10000.0)),
         "final_logit_softcapping": fields.number_or_none("final_logit_softcapping") or None,
+    }
+
+
+def _experts(fields: Fields, header: GgufHeader) -> dict[str, Any]:
+    """The keys of a mixture of experts, which every layer then has. Whether the shares of a token's experts sum to 1 is
+    not in the file: they do in llama.cpp's Qwen3 and Mixtral, not in its Qwen2."""
+    arch = fields.architecture
+    if not fields.raw.get("expert_count"):
+        return {}
+    used, width = fields.positive("expert_used_count"), fields.positive("feed_forward_length")
+    experts = {"num_experts_per_tok": used}
+    if arch == "llama":
+        return {"num_local_experts": fields.positive("expert_count"), **experts}
+    return {
+        "num_experts": fields.positive("expert_count"),
+        **experts,
+        "moe_intermediate_size": fields.positive("expert_feed_forward_length", max(1, width // used)),
+        "shared_expert_intermediate_size": fields.positive("expert_shared_feed_forward_length", width),
+        "norm_topk_prob": arch == "qwen3moe",
+        "qkv_bias": "blk.0.attn_q.bias" in header.tensors,
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -34,6 +34,14 @@ _LAYER_NAMES = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.gate_proj",
+    "ffn_up_exps": "mlp.experts.up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }
 # Gemma's blocks have norms on both sides, and one name means another norm than elsewhere.
 _GEMMA3_NAMES = {
@@ -42,6 +50,8 @@ _GEMMA3_NAMES = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+# A matrix of one row there, a vector here.
+_ONE_ROW = ".shared_expert_gate.weight"
 _NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<stem>\w+)\.(?P<suffix>weight|bias)")
 
 
@@ -95,11 +105,14 @@ class GgufReader:
                     continue
                 # llama.cpp's rotary embedding turns neighbours, transformers' the two halves of a head; files of this
                 # one architecture have the rows of q and k reordered so that both mean the same.
+                own_name = hugging_face_name(name, arch)
+                if own_name.endswith(_ONE_ROW) and len(tensor.shape) == 1:
+                    tensor = replace(tensor, shape=(1, *tensor.shape))
                 rotary = arch == "llama" and re.search(r"\.attn_[qk]\.(weight|bias)$", name) is not None
                 # Gemma's norms scale by 1 + weight, and its files hold that sum.
                 offset = 1.0 if arch == "gemma3" and name.endswith("norm.weight") else 0.0
                 source = _Source(opened, str(file), tensor, config.head_dim if rotary else None, offset)
-                self._add(hugging_face_name(name, arch), source)
+                self._add(own_name, source)
 
     def _add(self, name: str, source: _Source) -> None:
         if name in self._sources:

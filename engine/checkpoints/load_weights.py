@@ -13,6 +13,7 @@ import torch
 
 from engine.checkpoints.architectures import about, canonical_name
 from engine.checkpoints.errors import CheckpointError
+from engine.checkpoints.expert_layout import as_stored
 from engine.checkpoints.gguf_reader import GgufReader
 from engine.checkpoints.mapped_file import MappedFile
 from engine.checkpoints.model_config import ModelConfig
@@ -79,9 +80,9 @@ def load_weights(
 ) -> None:
     """Copy every tensor of a checkpoint into its place.
 
-    places: Hugging Face name → destination. ignore: regular expressions (`re.search`) of
-    names that the checkpoint may hold beyond these. progress: called in this thread with (bytes filled, bytes in all)
-    at the start and after each tensor. threads: tensors that are read at once.
+    places: Hugging Face name → destination; experts may be stored in any layout (`expert_layout`). ignore: regular
+    expressions (`re.search`) of names that the checkpoint may hold beyond these. progress: called in this thread with
+    (bytes filled, bytes in all) at the start and after each tensor. threads: tensors that are read at once.
 
     Raises CheckpointError, before anything is copied, when tensors are missing, extra or misshapen, and names them.
     """
@@ -101,6 +102,7 @@ def copy_weights(
     Raises CheckpointError for what cannot be read; some of the places are filled then, and some are not.
     """
     shapes = reader.shapes()
+    places = as_stored(places, shapes)
     total = sum(place.nbytes for place in places.values())
     done = 0
     if progress is not None:
@@ -130,6 +132,7 @@ def check_fit(reader: WeightReader, places: Mapping[str, Place], ignore: Iterabl
     """Raise CheckpointError, which names the tensors, unless `reader` has each place's tensor in its shape, and no
     others but those that `ignore` matches. No tensor is read."""
     shapes = reader.shapes()
+    places = as_stored(places, shapes)
     patterns = [re.compile(pattern) for pattern in ignore]
     extra = [name for name in shapes if name not in places and not any(p.search(name) for p in patterns)]
     missing = [name for name in places if name not in shapes]
@@ -149,7 +152,7 @@ def check_fit(reader: WeightReader, places: Mapping[str, Place], ignore: Iterabl
 
 def check_readable(reader: WeightReader, places: Mapping[str, Place]) -> None:
     """Raise CheckpointError for a tensor of a type that is not read, by reading the first piece of each."""
-    for name in places:
+    for name in as_stored(places, reader.shapes()):
         next(reader.pieces(name), None)
 
 

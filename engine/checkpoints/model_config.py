@@ -44,6 +44,22 @@ class EncoderConfig(msgspec.Struct, frozen=True, kw_only=True):
     type_vocab_size: int
 
 
+class MoeConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """A mixture of experts in place of some layers' MLPs.
+
+    top_k: experts of a token. intermediate_size: an expert's width; shared_intermediate_size: that of the expert that
+    every token passes, None where there is none. normalise: the shares of a token's experts sum to 1.
+    sparse_layers: which layers have it.
+    """
+
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    shared_intermediate_size: int | None
+    normalise: bool
+    sparse_layers: tuple[bool, ...]
+
+
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Hyperparameters of a model; of an encoder, `rope` and `rotary_dim` mean nothing.
 
@@ -56,6 +72,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     causal: a token sees those before it only; a decoder that was made to embed may see all.
     dtype: the checkpoint's own ("float32", "float16", "bfloat16"), None where it has none (GGUF).
     eos_ids: from config.json and generation_config.json (or the GGUF metadata), ascending.
+    moe: None where all layers are dense.
     raw: the config as read, overrides applied, for what is not named here.
     """
 
@@ -87,3 +104,4 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     attention_scale: float | None = None
     causal: bool = True
     encoder: EncoderConfig | None = None
+    moe: MoeConfig | None = None

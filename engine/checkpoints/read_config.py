@@ -21,6 +21,7 @@ from engine.checkpoints.gguf_split import split_files
 from engine.checkpoints.model_config import ModelConfig
 from engine.checkpoints.read_encoder import ENCODER_DEFAULTS, read_encoder
 from engine.checkpoints.read_gemma import GEMMA3_DEFAULTS, gemma3_fields, gemma3_sliding
+from engine.checkpoints.read_moe import MOE_DEFAULTS, read_moe
 from engine.checkpoints.read_rope import context_length, read_rope
 from engine.config import ModelSource
 
@@ -34,6 +35,9 @@ _ARCHITECTURES = {
     "bert": "BertModel",
     "roberta": "RobertaModel",
     "xlm-roberta": "XLMRobertaModel",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "mixtral": "MixtralForCausalLM",
 }
 _LLAMA_DEFAULTS: dict[str, Any] = {
     "vocab_size": 32000,
@@ -75,6 +79,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "Gemma3ForCausalLM": GEMMA3_DEFAULTS,
     **ENCODER_DEFAULTS,
+    **MOE_DEFAULTS,
 }
 
 
@@ -181,6 +186,7 @@ def _read_fields(fields: Fields, generation: dict[str, Any]) -> ModelConfig:
         raw=raw,
         causal=fields.flag("is_causal", True),
         **own,
+        moe=read_moe(fields, len(layer_is_sliding)),
     )
 
 
@@ -197,15 +203,17 @@ def _architecture(where: str, raw: dict[str, Any]) -> str:
     return next((name for name in names if about(name).family in _DEFAULTS), str(names[0]))
 
 
-_NO_MLP_BIAS = ("Qwen3ForCausalLM", "Gemma3ForCausalLM")
+_NO_MLP_BIAS = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Gemma3ForCausalLM")
 
 
 def _biases(fields: Fields, architecture: str) -> tuple[bool, bool, bool]:
     """Whether q, k and v have biases, whether o has, and whether the MLP has."""
     if architecture == "Qwen2ForCausalLM":
         return True, False, False
-    if architecture == "MistralForCausalLM":
+    if architecture in ("MistralForCausalLM", "MixtralForCausalLM"):
         return False, False, False
+    if architecture == "Qwen2MoeForCausalLM":
+        return fields.flag("qkv_bias", True), False, False
     attention = fields.flag("attention_bias", False)
     return attention, attention, architecture not in _NO_MLP_BIAS and fields.flag("mlp_bias", False)
 
@@ -214,22 +222,28 @@ def _sliding(fields: Fields, architecture: str, num_layers: int) -> tuple[int | 
     """The window and which layers have it.
 
     transformers masks `key > query - window`: a window of W shows a token itself and the W - 1 before it. Mistral has
-    its window in every layer; Qwen2 and Qwen3 in those that `layer_types` or else `max_window_layers` names, and only
-    with `use_sliding_window`; Llama nowhere.
+    its window in every layer, and so has Mixtral; Qwen2 and Qwen3 in those that `layer_types` or else
+    `max_window_layers` names, and only with `use_sliding_window`; Qwen3's mixture of experts with that in every layer,
+    and Qwen2's in every other one of the first `max_window_layers` unless `layer_types` says otherwise; Llama nowhere.
     """
     nowhere = (False,) * num_layers
-    if architecture == "MistralForCausalLM":
+    if architecture in ("MistralForCausalLM", "MixtralForCausalLM"):
         window = fields.positive_or_none("sliding_window")
         return window, (window is not None,) * num_layers
     if architecture == "Gemma3ForCausalLM":
         return gemma3_sliding(fields, num_layers)
-    if architecture not in ("Qwen2ForCausalLM", "Qwen3ForCausalLM"):
+    if architecture not in ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"):
         return None, nowhere
     window = fields.positive_or_none("sliding_window") if fields.flag("use_sliding_window", False) else None
+    if architecture == "Qwen3MoeForCausalLM":
+        return window, (window is not None,) * num_layers
     layer_types = fields.raw.get("layer_types")
     if layer_types is None:
-        first = fields.count("max_window_layers") if window is not None else num_layers
-        layers = tuple(number >= first for number in range(num_layers))
+        bound = fields.count("max_window_layers") if window is not None else num_layers
+        if architecture == "Qwen2MoeForCausalLM":
+            layers = tuple(window is not None and number < bound and number % 2 == 0 for number in range(num_layers))
+        else:
+            layers = tuple(number >= bound for number in range(num_layers))
     else:
         if not isinstance(layer_types, list) or len(layer_types) != num_layers:
             raise fields.error("layer_types", f"a list of num_hidden_layers ({num_layers}) entries")

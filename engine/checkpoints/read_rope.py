@@ -28,7 +28,7 @@ def read_rope(fields: Fields, head_dim: int) -> tuple[RopeConfig, int]:
             f"{rotary_dim}; it must be even and in [2, head_dim]"
         )
     kind = _kind(rope)
-    theta = rope.positive_number("rope_theta", _DEFAULT_THETA)
+    theta = rope.positive_number("rope_theta", fields.defaults.get("rope_theta", _DEFAULT_THETA))
     factors = rope.raw.get("frequency_factors")
     if factors is not None and len(factors) != rotary_dim // 2:
         raise CheckpointError(

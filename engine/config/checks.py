@@ -32,7 +32,15 @@ _ONLY: tuple[tuple[str, Any, str], ...] = (
 """Field, the values that can be served, and what to say of any other."""
 
 _TLS_NEEDS_CERTIFICATE = ("ssl_keyfile", "ssl_ca_certs", "ssl_keyfile_password")
-_NOT_EMPTY = ("model_path", "tokenizer_path", "host", "api_key", "admin_api_key", "served_model_name")
+_NOT_EMPTY = (
+    "model_path",
+    "tokenizer_path",
+    "host",
+    "api_key",
+    "admin_api_key",
+    "served_model_name",
+    "expert_distribution_recorder_dir",
+)
 
 
 def check_config(config: ServerConfig) -> list[str]:
@@ -83,6 +91,8 @@ def _check_numbers(config: ServerConfig, fields: dict[str, ConfigField]) -> None
         raise _refuse(fields["mem_fraction_static"], share, "must be greater than 0 and less than 1")
     if config.chunked_prefill_size == 0:
         raise _refuse(fields["chunked_prefill_size"], 0, "must be at least 1, or -1 for no chunking")
+    if config.expert_distribution_recorder_buffer_size == 0:
+        raise _refuse(fields["expert_distribution_recorder_buffer_size"], 0, "must be at least 1, or -1 for no limit")
     if config.drain_timeout == float("inf"):
         raise _refuse(fields["drain_timeout"], config.drain_timeout, "must be finite")
 

@@ -99,8 +99,6 @@ NOT_YET_FLAGS: tuple[tuple[Kind, str, str], ...] = (
     ("strs", "--log-requests-target", "request logs"),
     ("float", "--watchdog-timeout", "the watchdog"),
     ("float", "--soft-watchdog-timeout", "the watchdog"),
-    ("str", "--expert-distribution-recorder-mode", "expert recording"),
-    ("int", "--expert-distribution-recorder-buffer-size", "expert recording"),
     ("str", "--speculative-algorithm", "speculative decoding"),
     ("str", "--speculative-draft-model-path", "speculative decoding"),
     ("int", "--speculative-num-steps", "speculative decoding"),

@@ -154,6 +154,22 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = "auto"
 
+    # Expert distribution
+    expert_distribution_recorder_mode: Annotated[
+        str | None,
+        Flag(
+            "record which experts are chosen, on demand: counts in all, of each step, or the choices of each token",
+            choices=("stat", "stat_approx", "per_pass", "per_token"),
+        ),
+    ] = None
+    expert_distribution_recorder_buffer_size: Annotated[
+        int | None, Flag("steps that the recorder keeps, the last ones; -1: all; default: 1000", minimum=-1)
+    ] = None
+    expert_distribution_recorder_dir: Annotated[
+        str | None,
+        Flag("folder of the recorder's files; default: SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR, else /tmp"),
+    ] = None
+
     # Logging and supervision
     log_level: Annotated[
         str, Flag("level of all loggers", choices=("critical", "error", "warning", "info", "debug"))

@@ -14,7 +14,7 @@ from engine.kernels.batch import RaggedBatch
 from engine.kernels.kv_cache import KvCache
 from engine.kernels.packed import PackedMatrix, packed_matrix
 from engine.kernels.record import PANEL, WIDE, Recorder
-from engine.kernels.table import Doubles, Floats, Logprobs, Longs, Ops, Pooling, Rows
+from engine.kernels.table import Doubles, Floats, Integers, Logprobs, Longs, Ops, Pooling, Rows
 
 EMPTY = RaggedBatch(
     token_ids=torch.zeros(1, dtype=torch.int64),
@@ -64,6 +64,9 @@ class PlanProgram:
     def _made(self, rows: int) -> torch.Tensor:
         self.given = rows
         return torch.from_numpy(self.plan.view(self.made_buffer, rows))
+
+    def routing(self) -> list[Integers]:
+        return [self.plan.routed(routing) for routing in self.recorder.routings]
 
 
 @dataclass(frozen=True, eq=False)

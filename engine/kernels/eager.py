@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, cast
 
+import numpy as np
 import torch
 
 from engine.kernels import reference, reference_sampling
 from engine.kernels.batch import RaggedBatch
 from engine.kernels.dense import DenseMatrix
 from engine.kernels.kv_cache import KvCache
-from engine.kernels.table import Doubles, Floats, Logprobs, Longs, Ops, Pooling, Rows
+from engine.kernels.table import Doubles, Floats, Integers, Logprobs, Longs, MoeWeights, Ops, Pooling, Rows
+
+
+@dataclass(slots=True)
+class RoutedOps:
+    """The reference ops, and in `routed` what each mixture of experts of a step has chosen: int64 [T, top_k]."""
+
+    routed: list[torch.Tensor] = field(default_factory=list)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(reference, name)
+
+    def moe(self, x: torch.Tensor, weights: MoeWeights) -> torch.Tensor:
+        ids, shares = reference.route(x, weights)
+        self.routed.append(ids)
+        return reference.mixture(x, weights, ids, shares)
 
 
 @dataclass(slots=True)
 class EagerProgram:
-    """batch, hidden: of the last step. rows: what the head was last given."""
+    """batch, hidden, routed: of the last step. rows: what the head was last given."""
 
     step: Callable[[Ops, RaggedBatch, KvCache], Any]
     head: Callable[[Ops, Any], Any]
@@ -26,10 +42,13 @@ class EagerProgram:
     batch: RaggedBatch | None = None
     hidden: torch.Tensor | None = None
     rows: torch.Tensor | None = None
+    routed: list[torch.Tensor] = field(default_factory=list)
 
     @torch.inference_mode()
     def run(self, batch: RaggedBatch, rows: Rows) -> torch.Tensor:
-        self.batch, self.hidden = batch, self.step(reference, batch, self.cache)
+        ops = RoutedOps()
+        self.batch, self.hidden = batch, self.step(cast(Ops, ops), batch, self.cache)
+        self.routed = ops.routed
         return self.logits(rows)
 
     @torch.inference_mode()
@@ -42,6 +61,9 @@ class EagerProgram:
     def pooled(self) -> torch.Tensor:
         assert self.rows is not None, "pooled rows are asked for before a step was run"
         return self.rows.to(torch.float32)
+
+    def routing(self) -> list[Integers]:
+        return [ids.numpy().astype(np.int32) for ids in self.routed]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from engine.kernels import _cpu
 from engine.kernels.batch import RaggedBatch
 from engine.kernels.packed import DTYPES, PackedMatrix
 from engine.kernels.table import Activation as Function
-from engine.kernels.table import Pooling, RotaryFrequencies
+from engine.kernels.table import MoeWeights, Pooling, RotaryFrequencies
 
 WIDE = DTYPES[torch.float32]
 PANEL = 32
@@ -46,6 +46,16 @@ class Product:
     source: Activation
     weight: PackedMatrix
     activation: Function
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Buffers of experts' outputs that are not added up yet; shared, shared_gate: -1 where there is none."""
+
+    outputs: int
+    shared: int
+    shared_gate: int
+    routing: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,14 +93,16 @@ class Step:
 class Recorder:
     """Records ops into `plan`. dtype: the weights'. kept: tensors whose memory the plan points to.
 
-    picked: by dtype, the head's rows as far as they are recorded.
+    picked: by dtype, the head's rows as far as they are recorded. routings: the plan's numbers for the routers, in
+    order.
     """
 
     plan: _cpu.Plan
     dtype: torch.dtype
     kept: list[Any] = field(default_factory=list)
-    buffers: dict[tuple[str, int, int], int] = field(default_factory=dict)
+    buffers: dict[tuple[str, int, int, int], int] = field(default_factory=dict)
     picked: dict[int, Activation] = field(default_factory=dict)
+    routings: list[int] = field(default_factory=list)
     in_head: bool = False
 
     @property
@@ -152,17 +164,45 @@ class Recorder:
         self.plan.linear(source.buffer, weight.packed, out.buffer, "gate", self.in_head, activation)
         return out
 
+    def moe(self, x: Activation | Normed, weights: MoeWeights) -> Mixture:
+        plan, rows, top_k = self.plan, self._settled(x), weights.top_k
+        experts, hidden, width = weights.router.outputs, weights.router.inputs, weights.downs[0].inputs
+        logits = self._buffer("router", experts, WIDE)
+        plan.linear(rows.buffer, weights.router.packed, logits, "store", False)
+        routing = plan.routing(experts, top_k)
+        self.routings.append(routing)
+        plan.route(logits, routing, weights.normalise)
+        gated = self._buffer("experts' gated", width, self.narrow, top_k)
+        plan.experts(rows.buffer, tuple(one.packed for one in weights.gate_ups), gated, routing)
+        outputs = self._buffer("experts' outputs", hidden, WIDE, top_k)
+        plan.experts(gated, tuple(one.packed for one in weights.downs), outputs, routing)
+        if weights.shared is None:
+            return Mixture(outputs, -1, -1, routing)
+        shared, gate = self._buffer("shared expert", hidden, WIDE), self._buffer("shared gate", 1, WIDE)
+        plan.linear(rows.buffer, weights.shared.gate.packed, gate, "store", False)
+        inner = self.gated_linear(rows, weights.shared.gate_up)
+        plan.linear(inner.buffer, weights.shared.down.packed, shared, "store", False)
+        return Mixture(outputs, shared, gate, routing)
+
     def rms_norm(
-        self, x: Activation | Product | Normed, residual: Activation | None, weight: torch.Tensor, eps: float
+        self,
+        x: Activation | Product | Mixture | Normed,
+        residual: Activation | None,
+        weight: torch.Tensor,
+        eps: float,
     ) -> tuple[Normed, Activation]:
         if isinstance(x, Normed):
             if residual is None:
                 raise TypeError("the norm of a branch is normed only together with the residual stream")
             self.plan.add_norm(x.source.buffer, self._address(x.weight), x.eps, residual.buffer)
             return Normed(residual, weight, eps), residual
-        if isinstance(x, Product):
-            total = self._stored(x, "branch", WIDE) if residual is None else self._added(x, residual)
-            return Normed(total, weight, eps), total
+        if isinstance(x, Product) and residual is None:
+            branch = self._stored(x, "branch", WIDE)
+            return Normed(branch, weight, eps), branch
+        if isinstance(x, Product | Mixture):
+            if residual is None:
+                raise TypeError("experts' outputs are normed only together with the residual stream")
+            return Normed(self._added(x, residual), weight, eps), residual
         if residual is not None:
             raise TypeError("only a product, or the norm of one, can be added to the residual stream")
         return Normed(x, weight, eps), x
@@ -277,7 +317,10 @@ class Recorder:
         self.plan.linear(x.source.buffer, x.weight.packed, out, "store", self.in_head, x.activation)
         return Activation(out, x.weight.outputs)
 
-    def _added(self, x: Product, residual: Activation) -> Activation:
+    def _added(self, x: Product | Mixture, residual: Activation) -> Activation:
+        if isinstance(x, Mixture):
+            self.plan.combine(x.outputs, x.shared, x.shared_gate, residual.buffer, x.routing)
+            return residual
         if x.activation != "identity":
             raise TypeError(f"a product with the activation {x.activation} is not added to the residual stream")
         self.plan.linear(x.source.buffer, x.weight.packed, residual.buffer, "add", False)
@@ -299,11 +342,14 @@ class Recorder:
         self.picked[dtype] = out
         return out
 
-    def _buffer(self, role: str, width: int, dtype: int) -> int:
-        """The buffer of a role: layers follow one another and share them. Those of a head are its own."""
-        key = (f"{role} of the head" if self.in_head else role, width, dtype)
+    def _buffer(self, role: str, width: int, dtype: int, rows_each: int = 1) -> int:
+        """The buffer of a role: layers follow one another and share them. Those of a head are its own.
+
+        rows_each: rows for each token.
+        """
+        key = (f"{role} of the head" if self.in_head else role, width, dtype, rows_each)
         if key not in self.buffers:
-            self.buffers[key] = self.plan.buffer(width, dtype)
+            self.buffers[key] = self.plan.buffer(width, dtype, rows_each)
         return self.buffers[key]
 
     def _address(self, tensor: torch.Tensor) -> int:

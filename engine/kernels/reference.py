@@ -13,7 +13,7 @@ from torch.nn import functional
 from engine.kernels.batch import RaggedBatch
 from engine.kernels.dense import DenseMatrix
 from engine.kernels.reference_attention import AttentionPlan, attend, plan_attention
-from engine.kernels.table import Activation, Pooling, RotaryFrequencies
+from engine.kernels.table import Activation, MoeWeights, Pooling, RotaryFrequencies, SharedExpert
 
 # Elements of the head that are converted to float32 at once: a copy that stays in the CPU's cache.
 LOGITS_BLOCK = 1 << 20
@@ -92,6 +92,38 @@ def linear(x: torch.Tensor, weight: DenseMatrix, activation: Activation = "ident
 def gated_linear(x: torch.Tensor, weight: DenseMatrix, activation: Activation = "silu") -> torch.Tensor:
     gate, up = linear(x, weight).chunk(2, dim=-1)
     return activate(gate, activation) * up
+
+
+def route(x: torch.Tensor, weights: MoeWeights) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which experts each token takes, best first: int64 [T, top_k], and their shares, float32 (float64 for such x)."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    found = functional.linear(x.to(wide), weights.router.weight.to(wide))
+    ids = found.sort(dim=-1, descending=True, stable=True).indices[:, : weights.top_k]
+    shares = found.softmax(dim=-1).gather(1, ids)
+    return ids, shares / shares.sum(dim=-1, keepdim=True) if weights.normalise else shares
+
+
+def moe(x: torch.Tensor, weights: MoeWeights) -> torch.Tensor:
+    return mixture(x, weights, *route(x, weights))
+
+
+def mixture(x: torch.Tensor, weights: MoeWeights, ids: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """The experts' sum, for tokens that are routed: the tokens of an expert are computed together."""
+    parts = torch.empty((*ids.shape, x.shape[1]), dtype=shares.dtype, device=x.device)
+    for expert in ids.unique().tolist():
+        tokens, ranks = torch.where(ids == expert)
+        gated = gated_linear(x[tokens], weights.gate_ups[expert])
+        parts[tokens, ranks] = linear(gated, weights.downs[expert]).to(parts.dtype)
+    total = torch.zeros_like(parts[:, 0])
+    for rank in range(ids.shape[1]):
+        total = total + parts[:, rank] * shares[:, rank, None]
+    if weights.shared is not None:
+        total = total + shared_expert(x, weights.shared)
+    return total.to(x.dtype)
+
+
+def shared_expert(x: torch.Tensor, weights: SharedExpert) -> torch.Tensor:
+    return torch.sigmoid(linear(x, weights.gate)) * linear(gated_linear(x, weights.gate_up), weights.down)
 
 
 def rms_norm(

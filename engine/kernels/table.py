@@ -29,6 +29,7 @@ Longs = NDArray[np.int64]
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Rows = Longs
+Integers = NDArray[np.int32]
 
 Activation = Literal["identity", "silu", "gelu", "gelu_tanh", "relu", "tanh"]
 """A function of each entry: gelu is x * Phi(x) by the error function, gelu_tanh its approximation by tanh."""
@@ -59,6 +60,29 @@ class Matrix(Protocol):
     def bias(self, start: int, stop: int) -> Place:
         """The place of the bias of these rows. Raises ValueError for a matrix without one."""
         ...
+
+
+class SharedExpert(NamedTuple):
+    """An MLP that every token passes: gate_up, gated [2 S, H]; down [H, S]. gate [1, H]: the sigmoid of its product is
+    what the MLP's output is multiplied by."""
+
+    gate_up: Any
+    down: Any
+    gate: Any
+
+
+class MoeWeights(NamedTuple):
+    """A mixture of E experts: router [E, H]; of each expert gate_ups, gated [2 F, H], and downs [H, F].
+
+    top_k: experts of a token, from 1 to E. normalise: their shares sum to 1.
+    """
+
+    router: Any
+    gate_ups: tuple[Any, ...]
+    downs: tuple[Any, ...]
+    top_k: int
+    normalise: bool
+    shared: SharedExpert | None
 
 
 class Logprobs(NamedTuple):
@@ -92,6 +116,11 @@ class Program(Protocol):
 
     def pooled(self) -> torch.Tensor:
         """What the head was last given: float32 [R, H], valid until the program's next call."""
+        ...
+
+    def routing(self) -> list[Integers]:
+        """The experts that each token of the last step took: of each mixture of experts, in the order of the layers,
+        int32 [T, top_k], best first. Empty for a model without any."""
         ...
 
 
@@ -133,6 +162,15 @@ class Ops(Protocol):
 
     def gated_linear(self, x: torch.Tensor, weight: Any, activation: Activation = "silu") -> torch.Tensor:
         """activation(gate) * up, the halves of x [T, in] through a gated matrix [2 F, in] → [T, F]."""
+        ...
+
+    def moe(self, x: torch.Tensor, weights: MoeWeights) -> torch.Tensor:
+        """The sum of a token's experts, and of the shared one → [T, H]: down(silu(gate(x)) * up(x)) times its share.
+
+        A token takes the top_k experts with the largest router logits, the lower one among equals. Their shares are
+        the softmax of the logits over all experts, divided by the sum of the shares with `normalise`. Logits and
+        shares are float32. A token's experts are added one by one, the one with the largest share first.
+        """
         ...
 
     def rms_norm(

@@ -14,7 +14,7 @@ from engine.checkpoints.task import Task
 from engine.checkpoints.weights import Place
 from engine.kernels.batch import RaggedBatch
 from engine.kernels.kv_cache import KvCache
-from engine.kernels.table import Activation, Backend, Ops, Program, RotaryFrequencies
+from engine.kernels.table import Activation, Backend, MoeWeights, Ops, Program, RotaryFrequencies
 from engine.layers.activations import activation_named
 from engine.layers.heads import head_output
 from engine.layers.rope import rotary_frequencies
@@ -78,7 +78,10 @@ class Decoder:
             if layer.attention_post_norm is not None:
                 x = ops.rms_norm(x, None, layer.attention_post_norm, eps)[0]
             x, residual = ops.rms_norm(x, residual, layer.mlp_norm, eps)
-            x = gated_mlp(ops, layer.mlp, x, self.traits.activation)
+            if isinstance(layer.mlp, MoeWeights):
+                x = ops.moe(x, layer.mlp)
+            else:
+                x = gated_mlp(ops, layer.mlp, x, self.traits.activation)
             if layer.mlp_post_norm is not None:
                 x = ops.rms_norm(x, None, layer.mlp_post_norm, eps)[0]
         return ops.rms_norm(x, residual, weights.final_norm, eps)[0]

@@ -7,11 +7,21 @@ from dataclasses import dataclass
 import torch
 
 from engine.checkpoints.architectures import about
-from engine.checkpoints.model_config import ModelConfig
+from engine.checkpoints.model_config import ModelConfig, MoeConfig
 from engine.checkpoints.task import Task
 from engine.checkpoints.weights import OffsetPlace, Place, TensorPlace
-from engine.kernels.table import Activation, Backend, Matrix
+from engine.kernels.table import Activation, Backend, Matrix, MoeWeights, SharedExpert
 from engine.layers.heads import DenseLayer, allocate_dense
+
+
+@dataclass(frozen=True)
+class MoeNames:
+    """What checkpoints call the parts of a mixture of experts: the block, and an expert's projections."""
+
+    block: str = "mlp"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
 
 
 @dataclass(frozen=True)
@@ -24,6 +34,7 @@ class DecoderTraits:
     activation: of the MLP's gate. post_norms: an RMS norm behind attention and one behind the MLP, too.
     norm_offset: what is added to the norms' weights as they are in the checkpoint.
     scaled_embedding: embeddings are multiplied by the square root of the hidden size.
+    moe_names: of the experts in the layers that the config's `moe` names.
     """
 
     qkv_bias: bool
@@ -35,6 +46,7 @@ class DecoderTraits:
     post_norms: bool = False
     norm_offset: float = 0.0
     scaled_embedding: bool = False
+    moe_names: MoeNames = MoeNames()
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +74,7 @@ class LayerWeights:
     attention_norm: torch.Tensor
     attention: AttentionWeights
     mlp_norm: torch.Tensor
-    mlp: MlpWeights
+    mlp: MlpWeights | MoeWeights
     attention_post_norm: torch.Tensor | None = None
     mlp_post_norm: torch.Tensor | None = None
 
@@ -120,7 +132,7 @@ def allocate_decoder(
     """Unfilled weights of a decoder for a task, and name → place for each tensor of a Hugging Face checkpoint of it."""
     allocator = Allocator(backend, dtype)
     embedding = allocator.table("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
-    layers = tuple(_layer(allocator, config, traits, f"model.layers.{index}") for index in range(config.num_layers))
+    layers = tuple(_layer(allocator, config, traits, index) for index in range(config.num_layers))
     final_norm = allocator.vector("model.norm.weight", config.hidden_size, traits.norm_offset)
     head, dense = _head(allocator, config, task, embedding)
     return DecoderWeights(embedding, layers, final_norm, head, dense), allocator.places
@@ -147,11 +159,18 @@ def weight_bytes(weights: DecoderWeights) -> int:
     vectors = [weights.final_norm]
     for layer in weights.layers:
         attention, mlp = layer.attention, layer.mlp
-        matrices |= {id(m): m for m in (attention.qkv, attention.output, mlp.gate_up, mlp.down)}
+        matrices |= {id(m): m for m in (attention.qkv, attention.output, *_mlp_matrices(mlp))}
         vectors += [layer.attention_norm, layer.mlp_norm]
         optional = (attention.q_norm, attention.k_norm, layer.attention_post_norm, layer.mlp_post_norm)
         vectors += [norm for norm in optional if norm is not None]
     return sum(matrix.nbytes for matrix in matrices.values()) + sum(vector.nbytes for vector in vectors)
+
+
+def _mlp_matrices(mlp: MlpWeights | MoeWeights) -> tuple[Matrix, ...]:
+    if isinstance(mlp, MlpWeights):
+        return (mlp.gate_up, mlp.down)
+    shared = (mlp.shared.gate_up, mlp.shared.down, mlp.shared.gate) if mlp.shared is not None else ()
+    return (mlp.router, *mlp.gate_ups, *mlp.downs, *shared)
 
 
 def ignored_names(config: ModelConfig, task: Task) -> tuple[str, ...]:
@@ -162,8 +181,8 @@ def ignored_names(config: ModelConfig, task: Task) -> tuple[str, ...]:
     return (computed, r"^lm_head\.weight$") if headless else (computed,)
 
 
-def _layer(allocator: Allocator, config: ModelConfig, traits: DecoderTraits, prefix: str) -> LayerWeights:
-    hidden, width = config.hidden_size, config.intermediate_size
+def _layer(allocator: Allocator, config: ModelConfig, traits: DecoderTraits, index: int) -> LayerWeights:
+    prefix, hidden = f"model.layers.{index}", config.hidden_size
 
     def norm(name: str) -> torch.Tensor:
         return allocator.vector(f"{prefix}.{name}_layernorm.weight", hidden, traits.norm_offset)
@@ -173,13 +192,45 @@ def _layer(allocator: Allocator, config: ModelConfig, traits: DecoderTraits, pre
     # Gemma gives the name of other families' norm before the MLP to one behind attention.
     attention_post_norm = norm("post_attention") if traits.post_norms else None
     mlp_norm = norm("pre_feedforward" if traits.post_norms else "post_attention")
-    gate_up = {f"{prefix}.mlp.gate_proj": width, f"{prefix}.mlp.up_proj": width}
-    mlp = MlpWeights(
-        gate_up=allocator.linear(gate_up, hidden, traits.mlp_bias, gated=True),
-        down=allocator.linear({f"{prefix}.mlp.down_proj": hidden}, width, traits.mlp_bias),
-    )
+    mlp: MlpWeights | MoeWeights
+    if config.moe is not None and config.moe.sparse_layers[index]:
+        mlp = _moe(allocator, config.moe, hidden, traits.moe_names, prefix)
+    else:
+        mlp = _mlp(allocator, hidden, config.intermediate_size, traits.mlp_bias, f"{prefix}.mlp")
     mlp_post_norm = norm("post_feedforward") if traits.post_norms else None
     return LayerWeights(attention_norm, attention, mlp_norm, mlp, attention_post_norm, mlp_post_norm)
+
+
+def _mlp(
+    allocator: Allocator, hidden: int, width: int, bias: bool, prefix: str, names: MoeNames = MoeNames()
+) -> MlpWeights:
+    gate_up = {f"{prefix}.{names.gate}": width, f"{prefix}.{names.up}": width}
+    return MlpWeights(
+        gate_up=allocator.linear(gate_up, hidden, bias, gated=True),
+        down=allocator.linear({f"{prefix}.{names.down}": hidden}, width, bias),
+    )
+
+
+def _moe(allocator: Allocator, moe: MoeConfig, hidden: int, names: MoeNames, prefix: str) -> MoeWeights:
+    block, width, shared_width = f"{prefix}.{names.block}", moe.intermediate_size, moe.shared_intermediate_size
+    router = allocator.linear({f"{block}.gate": moe.num_experts}, hidden, False)
+    experts = [
+        _mlp(allocator, hidden, width, False, f"{block}.experts.{number}", names) for number in range(moe.num_experts)
+    ]
+    shared = None
+    if shared_width is not None:
+        mlp = _mlp(allocator, hidden, shared_width, False, f"{block}.shared_expert")
+        shared = SharedExpert(
+            mlp.gate_up, mlp.down, allocator.linear({f"{block}.shared_expert_gate": 1}, hidden, False)
+        )
+    return MoeWeights(
+        router=router,
+        gate_ups=tuple(expert.gate_up for expert in experts),
+        downs=tuple(expert.down for expert in experts),
+        top_k=moe.top_k,
+        normalise=moe.normalise,
+        shared=shared,
+    )
 
 
 def _attention(allocator: Allocator, config: ModelConfig, traits: DecoderTraits, prefix: str) -> AttentionWeights:

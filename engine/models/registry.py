@@ -15,7 +15,19 @@ from engine.layers.decoder import build_decoder
 from engine.layers.encoder import build_encoder
 from engine.layers.encoder_weights import EncoderNames
 from engine.layers.weights import DecoderTraits
-from engine.models import bert, gemma3, llama, mistral, qwen2, qwen3, roberta, xlm_roberta
+from engine.models import (
+    bert,
+    gemma3,
+    llama,
+    mistral,
+    mixtral,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+    roberta,
+    xlm_roberta,
+)  # fmt: skip
 from engine.models.model import Model
 
 _DECODERS: dict[str, Callable[[ModelConfig], DecoderTraits]] = {
@@ -24,6 +36,9 @@ _DECODERS: dict[str, Callable[[ModelConfig], DecoderTraits]] = {
     "MistralForCausalLM": mistral.traits,
     "Qwen2ForCausalLM": qwen2.traits,
     "Qwen3ForCausalLM": qwen3.traits,
+    "Qwen2MoeForCausalLM": qwen2_moe.traits,
+    "Qwen3MoeForCausalLM": qwen3_moe.traits,
+    "MixtralForCausalLM": mixtral.traits,
 }
 _ENCODERS: dict[str, EncoderNames] = {
     "BertModel": bert.NAMES,

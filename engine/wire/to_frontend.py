@@ -99,6 +99,13 @@ class State(msgspec.Struct, frozen=True, array_like=True, tag=True):
     state: dict[str, Any]
 
 
+class ExpertsRecorded(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Answer to `RecordExperts`; error: why it could not be done."""
+
+    key: int
+    error: str | None = None
+
+
 class Tokenized(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Answer to `Tokenize`: ids per prompt and the tokenizer's own length limit, or the error."""
 
@@ -117,5 +124,7 @@ class Detokenized(msgspec.Struct, frozen=True, array_like=True, tag=True):
     bad_ids: bool = False
 
 
-FromRing = Accepted | Ended | TextStep | Vectors | Flushed | State | WeightAnswer | Tokenized | Detokenized
+FromRing = (
+    Accepted | Ended | TextStep | Vectors | Flushed | State | ExpertsRecorded | WeightAnswer | Tokenized | Detokenized
+)
 ToFrontend = FromRing | FromLauncher

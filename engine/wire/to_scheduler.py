@@ -3,6 +3,8 @@ unchanged). The detokenizer sends `StopSeen` into the same inbox."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from engine.wire.sampling import LogprobOptions, Sampling, TextOptions
@@ -63,11 +65,21 @@ class QueryState(msgspec.Struct, frozen=True, array_like=True, tag=True):
     key: int
 
 
+class RecordExperts(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Start or stop recording which experts are chosen, or write what was recorded to a file.
+
+    Answered by `to_frontend.ExpertsRecorded`. Sent only where the launch has a recorder mode.
+    """
+
+    key: int
+    action: Literal["start", "stop", "dump"]
+
+
 class StopSeen(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """The detokenizer has ended these requests (stop string or pattern); nothing more of them is wanted."""
 
     keys: list[int]
 
 
-Control = Abort | FlushCache | QueryState | WeightControl
+Control = Abort | FlushCache | QueryState | RecordExperts | WeightControl
 ToScheduler = Admit | Control | StopSeen

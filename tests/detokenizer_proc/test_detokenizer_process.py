@@ -10,7 +10,7 @@ from engine.checkpoints.tokenizer import encode, load_tokenizer
 from engine.wire.results import Finish
 from engine.wire.sampling import TextOptions
 from engine.wire.to_detokenizer import Detokenize, Opened, StepOutput
-from engine.wire.to_frontend import Detokenized, Ended, Flushed, State, TextStep, Vectors
+from engine.wire.to_frontend import Detokenized, Ended, ExpertsRecorded, Flushed, State, TextStep, Vectors
 from engine.wire.to_scheduler import StopSeen
 from tests.process_ends import Ends, running
 from tests.tokenizer_models import byte_level, source, write_folder
@@ -53,6 +53,7 @@ def test_what_is_not_text_passes_in_order(started: tuple[Ends, list[int]]) -> No
         Ended(4, 0, Finish("abort", message="Abort in waiting queue"), "scheduler"),
         Vectors([7, 8], [0, 1], [3, 4], [1, 2], bytes(range(12)), {1: b"hidd"}, {8: 1}, "default"),
         Flushed(5, True),
+        ExpertsRecorded(7, "no room"),
         State(6, {"a": [1, {"b": None}]}),
     ]
     for message in messages:

@@ -32,6 +32,7 @@ from engine.wire.to_frontend import (
     Begun,
     Detokenized,
     Ended,
+    ExpertsRecorded,
     Flushed,
     State,
     TextStep,
@@ -39,7 +40,7 @@ from engine.wire.to_frontend import (
     Tokenized,
     Vectors,
 )
-from engine.wire.to_scheduler import Abort, FlushCache, QueryState
+from engine.wire.to_scheduler import Abort, FlushCache, QueryState, RecordExperts
 from engine.wire.to_tokenizer import Embed, Generate, Judge, Tokenize, ToTokenizer
 from engine.wire.weights import (
     ContinueGeneration,
@@ -198,6 +199,8 @@ class FakeRing:
                 self.frontend.send(Flushed(message.key, not self.running))
             case QueryState():
                 self.frontend.send(State(message.key, {"last_gen_throughput": 1.5}))
+            case RecordExperts():
+                self.frontend.send(ExpertsRecorded(message.key))
             case Tokenize():
                 ids = [
                     [ord(letter) for letter in prompt]

@@ -141,6 +141,9 @@ def test_keys_root_path_and_no_tokenizer() -> None:
 
         assert [status("GET", "/v1/models", key) for key in (None, "user", "boss")] == [401, 200, 401]
         assert [status("GET", "/flush_cache", key) for key in (None, "user", "boss")] == [401, 401, 200]
+        for action in ("start", "stop", "dump"):
+            path = f"/{action}_expert_distribution_record"
+            assert [status("POST", path, key) for key in (None, "user", "boss")] == [401, 401, 400]
         assert [status("GET", "/api/flush_cache", key) for key in (None, "user", "boss")] == [401, 401, 200]
         assert [status("GET", path, None) for path in ("/health", "/ready", "/api/health", "/ping")] == [200] * 3 + [
             401

@@ -136,6 +136,15 @@ def test_tokenize_and_detokenize(live: Live) -> None:
         assert (undecodable.status_code, undecodable.json()["type"]) == (400, "DecodeError")
 
 
+def test_expert_records_need_a_mode(live: Live) -> None:
+    wanted = "Please set ServerArgs.expert_distribution_recorder_mode to use ExpertDistributionRecorder."
+    for action in ("start", "stop", "dump"):
+        for method in ("GET", "POST"):
+            refused = live.client.request(method, f"/{action}_expert_distribution_record", content=b"x")
+            assert (refused.status_code, refused.json()) == (400, {"error": {"message": wanted}})
+        assert live.client.put(f"/{action}_expert_distribution_record").status_code == 405
+
+
 def test_flush(live: Live) -> None:
     client = live.client
     done = client.post("/flush_cache?timeout=60", content=b"not json")

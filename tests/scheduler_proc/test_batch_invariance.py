@@ -16,7 +16,7 @@ import pytest
 import torch
 from backends import BFLOAT16_ISAS, ISAS, backend
 from simulation import Sent, admit, run_to_end, scheduler_over
-from tiny_models import tiny_llama, tiny_mistral, tiny_qwen3
+from tiny_models import tiny_llama, tiny_mistral, tiny_qwen2_moe, tiny_qwen3
 
 from engine.checkpoints.load_weights import load_weights, open_weights
 from engine.checkpoints.read_config import read_model_config
@@ -33,6 +33,7 @@ MODELS: dict[str, tuple[Callable[..., Path], dict[str, Any]]] = {
     "llama": (tiny_llama, {"head_dim": 64}),
     "llama-narrow": (tiny_llama, {}),
     "qwen3": (tiny_qwen3, {"head_dim": 64}),
+    "qwen2-experts": (tiny_qwen2_moe, {"mlp_only_layers": []}),
     "mistral-window": (tiny_mistral, {"head_dim": 64, "sliding_window": 150}),
 }
 LAYERS = 2
@@ -209,7 +210,7 @@ def test_in_twenty_companies(model: Callable[..., Model], name: str, isa: str, d
 
 @pytest.mark.parametrize(
     ("isa", "dtype", "name"),
-    [(*kind, ["llama", "mistral-window", "qwen3"][number % 3]) for number, kind in enumerate(OTHERS)],
+    [(*kind, ["llama", "mistral-window", "qwen3", "qwen2-experts"][number % 4]) for number, kind in enumerate(OTHERS)],
     ids=str,
 )
 def test_on_every_isa(model: Callable[..., Model], isa: str, dtype: torch.dtype, name: str) -> None:

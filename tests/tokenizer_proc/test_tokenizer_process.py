@@ -17,7 +17,7 @@ from engine.config import ModelFacts, RunConfig, ServerConfig, write_run_config
 from engine.wire.results import Finish
 from engine.wire.sampling import LogprobOptions, Sampling, TextOptions
 from engine.wire.to_frontend import Accepted, Ended, Tokenized
-from engine.wire.to_scheduler import Abort, Admit, FlushCache, QueryState
+from engine.wire.to_scheduler import Abort, Admit, FlushCache, QueryState, RecordExperts
 from engine.wire.to_tokenizer import Generate, Tokenize
 from tests.process_ends import Ends, running
 from tests.tokenizer_models import byte_level, source, write_folder
@@ -65,13 +65,13 @@ def test_a_request_goes_to_the_scheduler_and_its_prompt_to_the_frontend(ends: En
 
 
 def test_control_messages_keep_their_place(ends: Ends) -> None:
-    controls = [Abort([7]), FlushCache(8, 1.5), QueryState(9)]
+    controls = [Abort([7]), FlushCache(8, 1.5), QueryState(9), RecordExperts(10, "dump")]
     for control in controls:
         ends.send(generate(2, ids=[5]))
         ends.send(control)
-    got = [ends.take("scheduler") for _ in range(6)]
+    got = [ends.take("scheduler") for _ in range(8)]
     assert got[1::2] == controls and all(isinstance(message, Admit) for message in got[::2])
-    for _ in range(3):
+    for _ in range(4):
         assert isinstance(ends.take("frontend"), Accepted)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 from array import array
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from engine.bench.workload import rows_of
 from engine.checkpoints.read_config import read_model_config
 from engine.config import ModelSource
 from engine.kernels.roofline import Roofline
-from scripts.random_checkpoint import SHAPES
+from scripts.random_checkpoint import SHAPES, tensors_of
 
 MACHINE = Roofline(threads=2, isa="avx512", read_bandwidth=20e9, matmul={"float32": 100e9, "bfloat16": 200e9})
 
@@ -74,6 +76,20 @@ def test_the_shape_counts_every_weight_that_a_token_is_multiplied_with(facts: Fa
     assert shape.layer_parameters + shape.head_parameters == 134_515_008 - norms  # the model's known size
     assert shape.weight_bytes == 2 * (134_515_008 - norms)
     assert shape.kv_bytes == 4 * 2 * 30 * 3 * 64
+
+
+def test_of_experts_those_count_that_tokens_take(tmp_path: Path) -> None:
+    shape = SHAPES["moe-1.7b"]
+    (tmp_path / "config.json").write_text(json.dumps({**shape, "tie_word_embeddings": True}))
+    config = read_model_config(ModelSource(name="moe", kind="folder", path=str(tmp_path)))
+    found = shape_of(config, "bfloat16", "bfloat16")
+    sizes = {name: math.prod(size) for name, size in tensors_of(shape).items() if "norm" not in name}
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    rest = sum(sizes.values()) - experts
+    assert found.layer_parameters + found.head_parameters == rest + experts * 8 // 64
+    assert found.bytes_a_step(1) == pytest.approx(2 * (rest + experts * 8 / 64))
+    assert found.bytes_a_step(2) == pytest.approx(2 * (rest + experts * (1 - (7 / 8) ** 2)))
+    assert found.bytes_a_step(1000) == pytest.approx(2 * sum(sizes.values()))
 
 
 def test_each_row_is_held_against_the_lower_limit(report: Report, facts: Facts) -> None:

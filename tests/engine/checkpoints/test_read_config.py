@@ -15,24 +15,38 @@ from transformers import (
     AutoConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 from transformers.masking_utils import sliding_window_overlay
 
 from engine.checkpoints.errors import CheckpointError
 from engine.checkpoints.locate import locate
-from engine.checkpoints.model_config import ModelConfig, RopeConfig
+from engine.checkpoints.model_config import ModelConfig, MoeConfig, RopeConfig
 from engine.checkpoints.read_config import read_model_config
 from engine.config import ModelSource
 
-FAMILIES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "mistral": MistralConfig}
+FAMILIES = {
+    "llama": LlamaConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "mistral": MistralConfig,
+    "qwen2_moe": Qwen2MoeConfig,
+    "qwen3_moe": Qwen3MoeConfig,
+    "mixtral": MixtralConfig,
+}
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "mistral": "MistralForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "mixtral": "MixtralForCausalLM",
 }
 SMALL = {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2}
 LLAMA3 = {
@@ -69,30 +83,45 @@ def expect_as_transformers(ours: ModelConfig, theirs: PreTrainedConfig) -> None:
     assert ours.num_layers == theirs.num_hidden_layers
     assert ours.num_heads == theirs.num_attention_heads
     assert ours.num_kv_heads == theirs.num_key_value_heads
-    assert ours.head_dim == getattr(theirs, "head_dim", theirs.hidden_size // theirs.num_attention_heads)
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
     assert ours.rotary_dim == ours.head_dim
     assert ours.intermediate_size == theirs.intermediate_size
     assert ours.vocab_size == theirs.vocab_size
     assert ours.rms_norm_eps == theirs.rms_norm_eps
     assert ours.hidden_act == theirs.hidden_act
     assert ours.tie_embeddings == theirs.tie_word_embeddings
-    assert ours.attention_bias == (family == "qwen2" or getattr(theirs, "attention_bias", False))
+    theirs_bias = getattr(theirs, "attention_bias", getattr(theirs, "qkv_bias", False))
+    assert ours.attention_bias == (family == "qwen2" or theirs_bias)
     assert ours.output_bias == (family != "qwen2" and getattr(theirs, "attention_bias", False))
     assert ours.mlp_bias == getattr(theirs, "mlp_bias", False)
     assert ours.bos_id == theirs.bos_token_id
     eos = theirs.eos_token_id
     assert list(ours.eos_ids) == ([] if eos is None else sorted(eos) if isinstance(eos, list) else [eos])
     assert ours.dtype == (None if theirs.dtype is None else str(theirs.dtype).removeprefix("torch."))
-    if family == "mistral":
+    if family in ("mistral", "mixtral", "qwen3_moe"):
         layers = [theirs.sliding_window is not None] * theirs.num_hidden_layers
     else:
         layers = [kind == "sliding_attention" for kind in getattr(theirs, "layer_types", None) or []]
         layers = layers or [False] * theirs.num_hidden_layers
     assert list(ours.layer_is_sliding) == layers
     assert ours.sliding_window == (theirs.sliding_window if any(layers) else None)
+    assert (ours.moe is not None) == (family in ("mixtral", "qwen2_moe", "qwen3_moe"))
+    if ours.moe is not None:
+        expect_experts_as_transformers(ours.moe, theirs)
     rope = {key: value for key, value in theirs.rope_parameters.items() if value is not None and key != "type"}
     names = {"rope_type": "kind", "rope_theta": "theta", "original_max_position_embeddings": "original_context"}
     assert ours.rope == RopeConfig(**{names.get(key, key): value for key, value in rope.items()})
+
+
+def expect_experts_as_transformers(ours: MoeConfig, theirs: PreTrainedConfig) -> None:
+    dense = getattr(theirs, "mlp_only_layers", ())
+    step = getattr(theirs, "decoder_sparse_step", 1)
+    sparse = [number not in dense and (number + 1) % step == 0 for number in range(theirs.num_hidden_layers)]
+    assert list(ours.sparse_layers) == sparse
+    assert (ours.num_experts, ours.top_k) == (theirs.num_experts, theirs.num_experts_per_tok)
+    assert ours.intermediate_size == getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
+    assert ours.shared_intermediate_size == getattr(theirs, "shared_expert_intermediate_size", None)
+    assert ours.normalise == getattr(theirs, "norm_topk_prob", True)
 
 
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -117,6 +146,13 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ),
     ("mistral", {}),
     ("mistral", {"sliding_window": None, "head_dim": 24}),
+    ("mixtral", {}),
+    ("mixtral", {"num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": 12, "head_dim": 24}),
+    ("qwen2_moe", {}),
+    ("qwen2_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [3], "norm_topk_prob": True, "qkv_bias": False}),
+    ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 3}),
+    ("qwen3_moe", {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 40}),
+    ("qwen3_moe", {"attention_bias": True, "head_dim": 32, "use_sliding_window": True, "mlp_only_layers": [0, 1]}),
 ]
 
 
@@ -145,7 +181,7 @@ def test_keys_that_are_left_out_or_null_mean_what_they_mean_to_transformers(fami
     (tmp_path / "config.json").write_text(json.dumps(bare))
     expect_as_transformers(read(tmp_path, bare), AutoConfig.from_pretrained(tmp_path))
     null = bare | {"eos_token_id": None, "sliding_window": None}
-    if family != "mistral":  # where it is not allowed
+    if family in ("llama", "qwen2", "qwen3"):  # the others do not allow it, or cannot use it then
         null["num_key_value_heads"] = None
     expect_as_transformers(read(tmp_path, null), AutoConfig.from_pretrained(tmp_path))
 
@@ -208,6 +244,12 @@ def test_overrides_win_in_either_style(style: str, tmp_path: Path) -> None:
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is set"),
         ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "layer_types is"),
         ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 4}, "use_sliding_window"),
+        (
+            {"model_type": "mixtral", "num_experts_per_tok": 9},
+            r"num_experts_per_tok is 9; .* at most num_local_experts",
+        ),
+        ({"model_type": "qwen2_moe", "mlp_only_layers": [True]}, "mlp_only_layers is .*a list of layer numbers"),
+        ({"model_type": "qwen3_moe", "decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
         ({"model_type": "gpt_neox"}, "vocab_size is missing.*known architectures are LlamaForCausalLM, Qwen2"),
     ],
 )
@@ -262,7 +304,9 @@ def test_gguf_metadata(tmp_path: Path) -> None:
     assert (config.architecture, config.sliding_window, config.layer_is_sliding) == (
         "MistralForCausalLM", 7, (True, True),
     )  # fmt: skip
-    assert read_model_config(write_gguf(path, "llama", {"expert_count": 8})).architecture == "MixtralForCausalLM"
+    assert read_model_config(write_gguf(path, "llama", {"expert_count": 8, "expert_used_count": 2})).architecture == (
+        "MixtralForCausalLM"
+    )
     assert read_model_config(write_gguf(path, "gemma9", {})).architecture == "gemma9"
 
     yarn = {"type": "yarn", "factor": 4.0, "original_context_length": 128, "yarn_beta_fast": 16.0, "attn_factor": 2.0}

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 TESTS = [
-    "test_cpu_ops.py", "test_cpu_encoder_ops.py", "test_cpu_attention.py", "test_cpu_programs.py",
+    "test_cpu_ops.py", "test_cpu_encoder_ops.py", "test_cpu_moe.py", "test_cpu_attention.py", "test_cpu_programs.py",
     "test_cpu_refusals.py", "test_cpu_team.py", "test_sampling_ops.py", "test_noise.py",
 ]  # fmt: skip
 LEFT_OUT = (

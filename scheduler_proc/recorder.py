@@ -1,0 +1,181 @@
+"""Which experts the tokens of a model took (contract §8): recorded step by step while recording is on, written as CSV
+files on demand."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.checkpoints.model_config import ModelConfig
+from engine.config import ServerConfig
+from engine.config.environment import setting
+from engine.kernels.batch import RaggedBatch
+from engine.kernels.table import Integers, Longs
+
+logger = logging.getLogger(__name__)
+
+Mode = Literal["stat", "per_pass", "per_token"]
+DEFAULT_PASSES = 1000
+DEFAULT_FOLDER = "/tmp"
+_HEADERS: dict[Mode, str] = {
+    "stat": "layer_id,expert_id,count",
+    "per_pass": "forward_pass_id,layer_id,expert_id,count",
+    "per_token": "forward_pass_id,token_index,token_id,position,layer_id,expert_ids",
+}
+
+
+@dataclass(frozen=True)
+class RecorderSettings:
+    """layers: the model's numbers of its mixtures of experts, in order; experts: of each. passes: most that are kept,
+    the last ones; None: all. folder: where files are written."""
+
+    mode: Mode
+    passes: int | None
+    folder: Path
+    layers: tuple[int, ...]
+    experts: int
+
+
+@dataclass(frozen=True, eq=False)
+class CountedPass:
+    """counts: how often each layer's experts were taken, int32 [layers, experts]."""
+
+    number: int
+    counts: Integers
+
+
+@dataclass(frozen=True, eq=False)
+class TokenPass:
+    """A step's tokens [T], and the experts that they took in each layer, int32 [T, top_k], best first."""
+
+    number: int
+    token_ids: Longs
+    positions: Longs
+    routing: tuple[Integers, ...]
+
+
+@dataclass(slots=True)
+class Recorder:
+    """number: of steps that were computed, recorded or not."""
+
+    settings: RecorderSettings
+    on: bool = False
+    number: int = 0
+    kept: deque[CountedPass | TokenPass] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.kept = deque(maxlen=self.settings.passes)
+
+    def start(self) -> None:
+        """Forget what was recorded, and record from the next step on."""
+        if self.on:
+            logger.warning("The expert distribution is being recorded already; the record is reset")
+        self.kept.clear()
+        self.on = True
+
+    def stop(self) -> None:
+        """Record no more; what was recorded is kept."""
+        if not self.on:
+            logger.warning("The expert distribution is not being recorded; there is nothing to stop")
+        self.on = False
+
+    def step(self, batch: RaggedBatch, routing: Callable[[], list[Integers]]) -> None:
+        """Take note of a step. routing: the program's, for this step; not asked while recording is off."""
+        self.number += 1
+        if not self.on:
+            return
+        found = routing()
+        if len(found) != len(self.settings.layers):
+            raise ValueError(f"{len(found)} layers have routed a step; expected {len(self.settings.layers)}")
+        if self.settings.mode == "per_token":
+            ids, positions = batch.token_ids.numpy().copy(), batch.positions.numpy().copy()
+            self.kept.append(TokenPass(self.number, ids, positions, tuple(found)))
+            return
+        counts = np.zeros((len(found), self.settings.experts), np.int32)
+        for layer, taken in enumerate(found):
+            counts[layer] = np.bincount(taken.ravel(), minlength=self.settings.experts)
+        self.kept.append(CountedPass(self.number, counts))
+
+    def dump(self, rank: int) -> Path:
+        """Write what was recorded, and forget it. Returns the file, which appears under its name once it is whole.
+
+        Raises OSError, and then forgets nothing.
+        """
+        folder = self.settings.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"expert_distribution_rank{rank}_timestamp{time.time()}.csv"
+        unfinished = folder / f".{path.name}.{os.getpid()}"
+        try:
+            with unfinished.open("w", encoding="ascii") as file:
+                file.write(_HEADERS[self.settings.mode] + "\n")
+                file.writelines(_lines(self.settings, list(self.kept)))
+            unfinished.rename(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+        logger.info("Expert distribution of %d steps written to %s", len(self.kept), path)
+        self.kept.clear()
+        return path
+
+
+def _lines(settings: RecorderSettings, passes: list[CountedPass | TokenPass]) -> Iterator[str]:
+    if settings.mode == "per_token":
+        for one in passes:
+            assert isinstance(one, TokenPass)
+            yield from _token_lines(settings, one)
+        return
+    counted = [one for one in passes if isinstance(one, CountedPass)]
+    if settings.mode == "per_pass":
+        for one in counted:
+            yield from _count_lines(settings, one.counts, f"{one.number},")
+        return
+    total: NDArray[np.int64] = np.zeros((len(settings.layers), settings.experts), np.int64)
+    for one in counted:
+        total += one.counts
+    yield from _count_lines(settings, total)
+
+
+def _count_lines(settings: RecorderSettings, counts: NDArray[np.integer], prefix: str = "") -> Iterator[str]:
+    for layer, row in zip(settings.layers, counts.tolist(), strict=True):
+        yield "".join(f"{prefix}{layer},{expert},{count}\n" for expert, count in enumerate(row))
+
+
+def _token_lines(settings: RecorderSettings, one: TokenPass) -> Iterator[str]:
+    routing = [taken.tolist() for taken in one.routing]
+    for index, (token, position) in enumerate(zip(one.token_ids.tolist(), one.positions.tolist(), strict=True)):
+        for layer, taken in zip(settings.layers, routing, strict=True):
+            yield f"{one.number},{index},{token},{position},{layer},{' '.join(map(str, taken[index]))}\n"
+
+
+def recorder_settings(server: ServerConfig, model: ModelConfig) -> RecorderSettings | None:
+    """What the flags ask for; None where they name no mode."""
+    mode: Mode
+    match server.expert_distribution_recorder_mode:
+        case "stat" | "stat_approx":  # approximate is what another way of counting would be
+            mode = "stat"
+        case "per_pass":
+            mode = "per_pass"
+        case "per_token":
+            mode = "per_token"
+        case _:
+            return None
+    passes = server.expert_distribution_recorder_buffer_size
+    if passes is None:
+        passes = DEFAULT_PASSES
+    folder = server.expert_distribution_recorder_dir or setting("EXPERT_DISTRIBUTION_RECORDER_DIR") or DEFAULT_FOLDER
+    moe = model.moe
+    return RecorderSettings(
+        mode=mode,
+        passes=None if passes == -1 else passes,
+        folder=Path(folder),
+        layers=() if moe is None else tuple(n for n, sparse in enumerate(moe.sparse_layers) if sparse),
+        experts=0 if moe is None else moe.num_experts,
+    )
