@@ -19,6 +19,15 @@ int panels_of(int outputs, bool gated) {
 // Words per row that are written before the next row of the panel gets its turn: what they touch stays in the cache.
 constexpr int BLOCK = 64;
 
+// Words that lie a panel's width apart, one behind the other. Each comes from a cache line of its own: the loop is kept so
+// short that many are on their way at once.
+template <typename Word>
+void collect(const Word *from, int count, char *to) {
+    for (std::ptrdiff_t i = 0; i < count; ++i) {
+        std::memcpy(to + i * static_cast<std::ptrdiff_t>(sizeof(Word)), from + i * PANEL, sizeof(Word));
+    }
+}
+
 }  // namespace
 
 Matrix::Matrix(Arena &arena, int outputs, int inputs, Dtype type, bool gated, bool biased)
@@ -97,16 +106,15 @@ void Matrix::read(int start, int count, void *rows) const {
     for (int row = 0; row < count; ++row) {
         char *line = target + row * row_bytes;
         const Place place = place_of(start + row);
-        for (int k = 0; k < inputs_; ++k) {
-            const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(k) * PANEL;
-            switch (type_) {
-                case Dtype::f32: std::memcpy(line + 4L * k, words<std::uint32_t>(place) + at, 4); break;
-                case Dtype::f16: std::memcpy(line + 2L * k, words<std::uint16_t>(place) + at, 2); break;
-                case Dtype::bf16: {
-                    const auto *pair = words<std::uint32_t>(place) + static_cast<std::ptrdiff_t>(k / 2) * PANEL;
-                    std::memcpy(line + 2L * k, reinterpret_cast<const std::uint16_t *>(pair) + k % 2, 2);
-                    break;
-                }
+        if (type_ == Dtype::f32) {
+            collect(words<std::uint32_t>(place), inputs_, line);
+        } else if (type_ == Dtype::f16) {
+            collect(words<std::uint16_t>(place), inputs_, line);
+        } else {
+            const auto *pairs = words<std::uint32_t>(place);
+            collect(pairs, inputs_ / 2, line);
+            if (inputs_ % 2 != 0) {
+                std::memcpy(line + 2L * (inputs_ - 1), pairs + static_cast<std::ptrdiff_t>(inputs_ / 2) * PANEL, 2);
             }
         }
     }
