@@ -23,7 +23,8 @@ struct Merge {
     Attention attention;
 };
 
-using Op = std::variant<Embedding, Angles, Norm, Linear, RotaryStore, Attend, Merge, Route, Group, ExpertProduct, Combine>;
+using Op = std::variant<Embedding, Angles, Norm, Linear, RotaryStore, Attend, Merge, Route, Group, ExpertProduct,
+                        Combine>;
 
 // Ops with resolved weights and buffers, in the order in which they run. The ops after `begin_head` work on the picked
 // rows of a step and may be run again for other rows of it.
