@@ -62,18 +62,16 @@ void run_gates(const ExpertProduct &op, const Kernels &kernels, const Routing::T
     product(kernels, weights, x, panel + 1, products + PANEL, WIDE);
     const std::ptrdiff_t at =
         static_cast<std::ptrdiff_t>(panel / 2) * PANEL * static_cast<std::ptrdiff_t>(size_of(op.out->type()));
-    for (int r = 0; r < tile.rows; ++r) {
-        kernels.gate(products + r * WIDE, products + r * WIDE + PANEL, nullptr, nullptr, op.out->row(tile.first + r) + at,
-                     op.out->type());
-    }
+    kernels.gate(products, WIDE, tile.rows, nullptr, nullptr, Function::silu, op.out->row(tile.first) + at,
+                 op.out->stride(), op.out->type());
 }
 
 }  // namespace
 
 Routing::Routing(int experts, int top_k) : experts_(experts), top_k_(top_k) {
     if (top_k < 1 || top_k > experts) {
-        throw std::invalid_argument("top_k is " + std::to_string(top_k) + "; it must be from 1 to the number of experts, " +
-                                    std::to_string(experts));
+        throw std::invalid_argument("top_k is " + std::to_string(top_k) +
+                                    "; it must be from 1 to the number of experts, " + std::to_string(experts));
     }
     starts_.resize(static_cast<std::size_t>(experts) + 1);
 }
@@ -232,8 +230,8 @@ void execute(const ExpertProduct &op, const Bench &bench, int chunk, Scratch &sc
     }
     const Matrix &weights = *(*op.weights)[static_cast<std::size_t>(tile.expert)];
     for (int panel = first; panel < last; ++panel) {
-        product(bench.kernels, weights, x, panel, op.out->row<float>(tile.first) + static_cast<std::ptrdiff_t>(panel) * PANEL,
-                op.out->stride());
+        const std::ptrdiff_t column = static_cast<std::ptrdiff_t>(panel) * PANEL;
+        product(bench.kernels, weights, x, panel, op.out->row<float>(tile.first) + column, op.out->stride());
     }
 }
 

@@ -14,8 +14,8 @@
 
 namespace tokenmill {
 
-// What the router decides of a step's tokens. Of T tokens there are T * top_k pairs of a token and an expert; grouped by
-// expert (ascending, and by token within), they are the rows of the experts' buffers.
+// What the router decides of a step's tokens. Of T tokens there are T * top_k pairs of a token and an expert; grouped
+// by expert (ascending, and by token within), they are the rows of the experts' buffers.
 class Routing {
   public:
     // Rows [first, first + rows) of the grouped ones, all of one expert.
@@ -30,8 +30,8 @@ class Routing {
 
     void reserve(int tokens);
 
-    // Decide for one token: the top_k experts with the largest logits, the lower one first among equals, and the softmax
-    // of their logits over all experts (normalise: over these).
+    // Decide for one token: the top_k experts with the largest logits, the lower one first among equals, and the
+    // softmax of their logits over all experts (normalise: over these).
     void decide(int token, const float *logits, bool normalise);
 
     // Group what was decided.
@@ -75,7 +75,7 @@ struct Group {
     Routing *routing;
 };
 
-// The products of grouped rows with their experts' matrices. Gated matrices take the tokens' rows and give gated values;
+// The products of grouped rows with their experts' matrices. Gated matrices take tokens' rows and give gated values;
 // others take grouped rows and give sums. Both are written to grouped rows.
 struct ExpertProduct {
     const Buffer *in;
@@ -84,8 +84,8 @@ struct ExpertProduct {
     const Routing *routing;
 };
 
-// Adds each token's experts to its row of the residual stream, times their shares, best first; at last the shared expert
-// times the sigmoid of its gate, if there is one.
+// Adds each token's experts to its row of the residual stream, times their shares, best first; at last the shared
+// expert times the sigmoid of its gate, if there is one.
 struct Combine {
     const Buffer *outputs;  // grouped
     const Buffer *shared;   // null: none
