@@ -53,7 +53,9 @@ def lay_out(cache: Path, models: Path) -> None:
     (embedder / "1_Pooling" / "config.json").write_text('{"pooling_mode_lasttoken": true}')
     reward = tiny_llama(models / "reward", auto=AutoModelForSequenceClassification, num_labels=1, pad_token_id=0)
     (reward / "chat_template.jinja").write_text(TEMPLATE)
-    reranker = tiny_xlm_roberta(models / "reranker", auto=AutoModelForSequenceClassification, num_labels=1)
+    reranker = tiny_xlm_roberta(
+        models / "reranker", auto=AutoModelForSequenceClassification, num_labels=1, max_position_embeddings=514
+    )
     for name, folder in {
         "qwen/qwen2.5-0.5b-instruct": bundled,
         "Alibaba-NLP/gte-Qwen2-1.5B-instruct": embedder,
