@@ -12,7 +12,8 @@ inline void add_norm(const float *x, const float *weight, float eps, int width, 
     }
 }
 
-// The variance is of what is left without the mean: a large mean costs no digits.
+// The corrected two-pass algorithm (Chan, Golub, LeVeque 1983): the mean of what is left without the mean, which would be
+// 0 but for roundings, corrects both the mean and the variance. A large mean costs no digits.
 inline void layer_norm(const float *x, const float *weight, const float *bias, float eps, int width, int padded,
                        float *out, void *narrowed, Dtype type) {
     const int whole = width / LANES * LANES;
@@ -22,17 +23,22 @@ inline void layer_norm(const float *x, const float *weight, const float *bias, f
     for (int i = 0; i < whole; i += LANES) {
         sum = add(sum, load(x + i));
     }
-    const Vec mean = fill(sum_of(sum) / count);
+    const float about = sum_of(sum) / count;
+    const Vec near_mean = fill(about);
+    Vec left = zero();
     Vec squares = zero();
     if (rest > 0) {
-        const Vec v = select(inside(0, 0, rest), subtract(load_first(x + whole, rest), mean), zero());
-        squares = multiply(v, v);
+        left = select(inside(0, 0, rest), subtract(load_first(x + whole, rest), near_mean), zero());
+        squares = multiply(left, left);
     }
     for (int i = 0; i < whole; i += LANES) {
-        const Vec v = subtract(load(x + i), mean);
+        const Vec v = subtract(load(x + i), near_mean);
+        left = add(left, v);
         squares = fused(v, v, squares);
     }
-    const Vec scale = fill(1.0F / __builtin_sqrtf(sum_of(squares) / count + eps));
+    const float correction = sum_of(left) / count;
+    const Vec mean = fill(about + correction);
+    const Vec scale = fill(1.0F / __builtin_sqrtf(sum_of(squares) / count - correction * correction + eps));
     for (int i = 0; i < padded; i += LANES) {
         Vec v = fused(multiply(subtract(load(x + i), mean), scale), load(weight + i), load(bias + i));
         if (i + LANES > width) {

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from fake_ring import Live, fake_vector, live_frontend
+from fake_messages import fake_vector
+from fake_ring import Live, live_frontend
 
 from engine.config.run import PooledFacts
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import msgspec
 import pytest
-from fake_ring import Live, fake_vector, live_frontend
+from fake_messages import fake_vector
+from fake_ring import Live, live_frontend
 from hypothesis import given
 from hypothesis import strategies as st
 

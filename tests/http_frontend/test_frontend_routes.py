@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
-from fake_ring import Live, call, expected, fake_logprob, text_of
+from fake_messages import fake_logprob
+from fake_ring import Live, call, expected, text_of
 
 from engine.wire.to_scheduler import FlushCache
 from engine.wire.to_tokenizer import Generate, Tokenize

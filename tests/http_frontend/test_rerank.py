@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from fake_ring import Live, fake_logprob, fake_vector, live_frontend
+from fake_messages import fake_logprob, fake_vector
+from fake_ring import Live, live_frontend
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from fake_ring import Live, fake_logprob, fake_vector, live_frontend
+from fake_messages import fake_logprob, fake_vector
+from fake_ring import Live, live_frontend
 
 from engine.config.run import PooledFacts
 from engine.wire.to_tokenizer import Generate
