@@ -43,8 +43,10 @@ def main() -> None:
     parser.add_argument("--peer", default=sys.executable, help="interpreter that has the peer")
     parser.add_argument("--peer-dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("flags", nargs="*")
-    options = parser.parse_args()
+    words, flags = sys.argv[1:], []
+    if "--" in words:
+        words, flags = words[: words.index("--")], words[words.index("--") + 1 :]
+    options = parser.parse_args(words, argparse.Namespace(flags=flags))
     {"embed": bench_embed, "rerank": bench_rerank, "score": bench_score}[options.kind](options)
 
 
