@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -91,27 +92,33 @@ def test_every_block_of_the_page_runs(tmp_path: Path) -> None:
     output = tmp_path / "output"
     with output.open("wb") as out:
         page = subprocess.Popen(
-            [sys.executable, "-c", RUN], env=environment, cwd=tmp_path, stdin=subprocess.PIPE, stdout=out, stderr=out
-        )
+            [sys.executable, "-c", RUN], env=environment, cwd=tmp_path, stdin=subprocess.PIPE, stdout=out, stderr=out,
+            start_new_session=True,
+        )  # fmt: skip
         try:
             page.communicate(json.dumps(blocks()).encode(), timeout=240)
         finally:
-            end_tree(page)
+            end_group(page)
     assert page.returncode == 0, output.read_text(errors="replace")[-6000:]
     assert "the page has ended" in output.read_text(errors="replace")
     assert len(list(records.glob("*.csv"))) == 1
 
 
-def end_tree(process: subprocess.Popen[bytes]) -> None:
-    """End a process and whatever it has left: a block that failed has not ended its server."""
+def end_group(leader: subprocess.Popen[bytes]) -> None:
+    """End what the page has left: a block that failed has not ended its server, whose launcher is in the page's group
+    and takes its own processes along."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        left = [process for process in psutil.process_iter() if in_group(process.pid, leader.pid)]
+        for process in left:
+            process.send_signal(number)
+        if leader.poll() is None:
+            leader.send_signal(number)
+        psutil.wait_procs(left, timeout=30)
+    leader.wait(30)
+
+
+def in_group(pid: int, group: int) -> bool:
     try:
-        children = psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        children = []
-    for child in children:
-        if "launcher" in child.name() or "tokenmill" in " ".join(child.cmdline()):
-            child.terminate()
-    psutil.wait_procs(children, timeout=30)
-    if process.poll() is None:
-        process.kill()
-    process.wait(30)
+        return pid != group and os.getpgid(pid) == group
+    except ProcessLookupError:
+        return False
