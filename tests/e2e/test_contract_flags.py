@@ -18,7 +18,7 @@ from tiny_models import tiny_llama
 from engine.bench.live_server import running_server
 
 C = 1024
-LONG = greedy(900)
+LONG = greedy(15_000)
 
 
 @pytest.fixture(scope="module")
@@ -143,10 +143,10 @@ def queue(pool: ThreadPoolExecutor, api: Api, bodies: list[Json]) -> list[Future
     return calls
 
 
-def test_a_full_queue_and_priorities(model: Path) -> None:
+def test_a_full_queue_and_priorities(tiny_model: Path) -> None:
     flags = ("--max-running-requests", "1", "--max-queued-requests", "2", "--enable-priority-scheduling")
     full, outranked = "The request queue is full.", "The request is aborted by a higher priority request."
-    with serving(model, *flags) as api, ThreadPoolExecutor(4) as pool:
+    with serving(tiny_model, *flags) as api, ThreadPoolExecutor(4) as pool:
         with occupied(api):
             low, middle = queue(pool, api, [{"text": "low", "priority": 1}, {"text": "middle", "priority": 2}])
             assert told(api.post({"text": "a", "priority": 1})) == overloaded(full)
@@ -165,10 +165,10 @@ def test_a_full_queue_and_priorities(model: Path) -> None:
             assert finish["type"] in ("abort", "length")
 
 
-def test_aborts_in_the_queue_and_longest_prefix_first(model: Path) -> None:
+def test_aborts_in_the_queue_and_longest_prefix_first(tiny_model: Path) -> None:
     flags = ("--max-running-requests", "1", "--schedule-policy", "lpm", "--abort-on-priority-when-disabled")
     message = "Using priority is disabled for this server. Please send a new request without a priority."
-    with serving(model, *flags) as api, ThreadPoolExecutor(4) as pool:
+    with serving(tiny_model, *flags) as api, ThreadPoolExecutor(4) as pool:
         status, body = told(api.post({"text": "a", "priority": 1}))
         assert (status, body["message"], body["code"]) == (503, message, 503)
         (chunk,) = api.stream(text="a", priority=1)
