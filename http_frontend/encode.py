@@ -110,7 +110,7 @@ def _item(entry: Entry, asked: EmbedBody, pooled: PooledFacts, weight_version: s
         "id": entry.message.rid,
         "finish_reason": finish_reason(entry.finish),
         "prompt_tokens": entry.prompt_tokens,
-        "weight_version": weight_version if entry.weight_version is None else entry.weight_version,
+        "weight_version": entry.weight_version or weight_version,
         "num_retractions": entry.retractions,
         "e2e_latency": entry.finished - entry.arrived,
         "response_sent_to_client_ts": time.time(),
