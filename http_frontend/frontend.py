@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import random
 import time
@@ -99,15 +100,17 @@ class Frontend:
             return
         self.weight_version = message.weight_version
         path, run = message.model_path, self.run
+        server = msgspec.structs.replace(run.server, weight_version=message.weight_version)
         if path is not None:
-            tokenizer_path = run.server.tokenizer_path or run.model.name
-            self.run = msgspec.structs.replace(
-                run,
-                model=msgspec.structs.replace(run.model, name=path),
-                server=msgspec.structs.replace(
-                    run.server, model_path=path, served_model_name=path, tokenizer_path=tokenizer_path
-                ),
+            run = msgspec.structs.replace(run, model=msgspec.structs.replace(run.model, name=path))
+            server = msgspec.structs.replace(
+                server,
+                model_path=path,
+                served_model_name=path,
+                tokenizer_path=server.tokenizer_path or self.run.model.name,
             )
+        self.run = msgspec.structs.replace(run, server=server)
+        self.desk = dataclasses.replace(self.desk, run=self.run)
 
     def _serving(self, message: Serving) -> None:
         if not self.limits.done():
