@@ -66,7 +66,7 @@ def cells() -> Iterator[Any]:
                 yield pytest.param(moment, process, number, id=f"{moment}-{process}-{number.name}", marks=marks)
 
 
-@pytest.mark.parametrize(("moment", "process", "number"), cells())
+@pytest.mark.parametrize(("moment", "process", "number"), list(cells()))
 def test_nothing_is_lost(
     server: tuple[LiveServer, list[str]], expected: list[Json], moment: str, process: str, number: signal.Signals
 ) -> None:
