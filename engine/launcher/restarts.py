@@ -17,13 +17,11 @@ class Restarts:
 
     most: int
     window: float
-    total: int = 0
     _deaths: deque[float] = field(default_factory=deque)
     _last: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def after_death(self, program: str, now: float) -> float | None:
         """Note a death; seconds until the program is to be started again, None when there were too many."""
-        self.total += 1
         self._deaths.append(now)
         while self._deaths[0] <= now - self.window:
             self._deaths.popleft()

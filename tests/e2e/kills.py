@@ -92,7 +92,7 @@ def decodes(tokens: int) -> list[Json]:
     return bodies
 
 
-def prefills(tokens: int, length: int = 6000) -> list[Json]:
+def prefills(tokens: int, length: int = 2500) -> list[Json]:
     """Long prompts, each of its own."""
     source = random.Random(time.monotonic_ns())
     return [

@@ -14,6 +14,7 @@ import httpx
 import psutil
 import pytest
 from kills import Json, Running, another, decodes, kill, pid_of, prefills, undisturbed, whole
+from poisoned_scheduler import POISON
 
 from engine.bench.live_server import LiveServer, running_server
 
@@ -106,13 +107,16 @@ def test_nothing_is_lost(
 
 
 async def _killed_in_prefill(http: httpx.AsyncClient, live: LiveServer, process: str, number: signal.Signals) -> float:
+    """Returns by how much longer than otherwise the first token took."""
     bodies = prefills(8)
     running = Running(http, bodies)
     await asyncio.sleep(0.1)
     kill(live, process, number)
     answers = await running.answers()
-    assert answers == await undisturbed(http, bodies)
-    return running.pause
+    await http.post("/flush_cache?timeout=20")
+    plain = Running(http, bodies)
+    assert answers == await plain.answers()
+    return running.pause - plain.pause
 
 
 def _check_clean(live: LiveServer) -> None:
@@ -156,6 +160,29 @@ def test_a_frontend_that_dies_takes_its_connections_and_nothing_else(
     _check_clean(live)
     assert {process: pid_of(live, process) for process in PROCESSES} == others
     assert drive(live, lambda http: undisturbed(http, decodes(TOKENS))) == expected
+
+
+def test_a_poisonous_request_is_found_and_the_others_go_on(tiny_model: Path, expected: list[Json]) -> None:
+    """Its step kills the scheduler in company, then on trial; that is the last of it."""
+    here = Path(__file__).parent
+    program = (str(here / "poisoned_tree.py"),)
+    flags = ("--dtype", "float32", "--max-total-tokens", "60000", "--skip-server-warmup")
+    environment = {"PYTHONPATH": f"{here}:{here.parents[1]}", "TOKENMILL_STRICT": "1"}
+    with running_server(*flags, model=tiny_model, program=program, env=environment) as live:
+        bodies = [body for body in decodes(TOKENS) if POISON not in body["input_ids"]]
+        wanted = [answer for body, answer in zip(decodes(TOKENS), expected, strict=True) if body in bodies]
+        harmless = [number for number, answer in enumerate(wanted) if POISON not in answer["ids"]]
+        assert len(harmless) > 3
+
+        async def work(http: httpx.AsyncClient) -> None:
+            running = Running(http, [bodies[number] for number in harmless])
+            await running.decoding(5)
+            poison = {"input_ids": [5, 6, POISON, 7], "sampling_params": {"max_new_tokens": 5}}
+            told = await http.post("/generate", json=poison)
+            assert told.status_code == 500 and "in flight at 2 deaths of the scheduler" in told.text, told.text
+            assert await running.answers() == [wanted[number] for number in harmless]
+
+        drive(live, work)
 
 
 def test_processes_that_die_too_often_end_the_server(tiny_model: Path) -> None:
