@@ -209,11 +209,10 @@ def _kill_hung(tree: Tree) -> None:
     """Kill who shows no sign of life; its death is then dealt with as any other."""
     if not tree.warm or tree.drain_until is not None:
         return
-    running = [child for child in tree.children if child.process.poll() is None]
+    running = [child for child in tree.children if not child.hung and child.process.poll() is None]
     for child in tree.watchdog.hung(running, tree.ready):
         child.hung = True
         child.process.kill()
-        child.process.wait()
 
 
 def _replace(tree: Tree, child: Child) -> None:

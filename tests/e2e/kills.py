@@ -169,6 +169,13 @@ class Running:
             assert not self._task.done() or self._task.exception() is None
             await asyncio.sleep(0.005)
 
+    async def progress(self) -> None:
+        """Wait until some stream has a new token."""
+        before = sum(stream.tokens for stream in self.streams)
+        await asyncio.sleep(0.05)
+        while sum(stream.tokens for stream in self.streams) == before and not self._task.done():
+            await asyncio.sleep(0.005)
+
     async def answers(self) -> list[Json]:
         await asyncio.wait_for(self._task, PATIENCE)
         return [stream.answer() for stream in self.streams]
