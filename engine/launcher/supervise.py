@@ -155,6 +155,7 @@ def _hear(tree: Tree, message: ToLauncher) -> None:
                 return  # it has died since
             log.info("%s (pid %d) is ready after %.2f s", process, pid, time.monotonic() - child.started)
             tree.ready[process] = message
+            tree.watchdog.note_loaded(child)
             tree.limits = limits or tree.limits
             if (
                 tree.limits is not None
