@@ -109,8 +109,8 @@ def test_nothing_is_lost(
     pause = drive(live, work)
     replays = [int(count) for count in re.findall(r"whole again: (\d+) requests", live.log()[log_size:])]
     print(f"pause of {moment}, {process}, {number.name}: {pause:.2f} s; replayed {replays}")
-    # Until a hang is noticed, all that ran may have come to its end beside a stopped tokenizer.
-    assert moment == "idle" or number == signal.SIGSTOP or max(replays) >= (3 if moment == "prefill" else 16)
+    if moment not in ("idle", "update") and process != "tokenizer":  # without that one, what runs may come to its end
+        assert max(replays) >= 3
     assert pause < PAUSE_LIMIT
     _check_clean(live)
 
