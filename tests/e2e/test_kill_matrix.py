@@ -143,8 +143,9 @@ def _check_clean(live: LiveServer) -> None:
     drive(live, work)
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_a_frontend_that_dies_takes_its_connections_and_nothing_else(
-    server: tuple[LiveServer, list[str]], expected: list[Json]
+    server: tuple[LiveServer, list[str]], expected: list[Json], number: signal.Signals
 ) -> None:
     """New connections are served within seconds, and no orphan goes on computing."""
     live, _ = server
@@ -157,14 +158,14 @@ def test_a_frontend_that_dies_takes_its_connections_and_nothing_else(
         running = Running(http, bodies)
         await running.decoding(5)
         began = time.monotonic()
-        kill(live, "frontend", signal.SIGKILL)
+        kill(live, "frontend", number)
         with pytest.raises(httpx.TransportError):
             await running.answers()
         await whole(http)
         return time.monotonic() - began
 
     pause = drive(live, work)
-    print(f"pause of the frontend: {pause:.2f} s")
+    print(f"pause of the frontend, {number.name}: {pause:.2f} s")
     assert pause < PAUSE_LIMIT
     _check_clean(live)
     assert {process: pid_of(live, process) for process in PROCESSES} == others
