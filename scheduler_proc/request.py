@@ -64,6 +64,11 @@ class Request:
         return self.admit.key
 
     @property
+    def known(self) -> Tokens:
+        """Prompt and output so far."""
+        return self.tokens[: self.length]
+
+    @property
     def begun(self) -> bool:
         """Whether it has ever been admitted: something of it has been computed, though perhaps not delivered."""
         return self.cached_tokens >= 0
