@@ -16,7 +16,10 @@ from engine.bench.live_server import running_server
 POISON = 417
 STREAMS = 32
 CULPRIT = 13
-FLAGS = ("--dtype", "float32", "--max-total-tokens", "8000", "--max-running-requests", str(STREAMS))
+FLAGS = (
+    "--dtype", "float32", "--max-total-tokens", "8000", "--max-running-requests", str(STREAMS), "--skip-server-warmup",
+)  # fmt: skip
+"""Without a warm-up: its text may hold the poison, whose tokens are those of a random tokenizer."""
 
 
 def bodies() -> list[Json]:

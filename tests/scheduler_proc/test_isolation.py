@@ -87,7 +87,7 @@ def requests_of(prompts: list[list[int]], culprit: int) -> list[Admit]:
     return found
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_the_others_end_as_if_nothing_had_happened(data: st.DataObject) -> None:
     base = data.draw(st.lists(st.integers(1, 48), min_size=1, max_size=40))
@@ -195,7 +195,7 @@ def test_vectors(where: str, whole: bool) -> None:
     assert sorted(keys) == [0, 2, 3] and sent.finishes.keys() == {1} and sent.finishes[1].status == 500
     entries = b"".join(message.entries for message in sent.others)
     rows = torch.frombuffer(bytearray(entries), dtype=torch.float32).view(3, -1).tolist()
-    assert dict(zip(keys, rows, strict=True)) == {key: vector_of(prompts[key], [0] * 20) for key in keys}
+    assert dict(zip(keys, rows, strict=True)) == {key: vector_of(prompts[key], [0] * len(prompts[key])) for key in keys}
 
 
 def test_a_request_that_cannot_be_planned(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +251,7 @@ def test_a_control_message_that_fails_is_answered_and_the_loop_goes_on(monkeypat
             patch.setattr(owner, name, broken)
         patch.setattr(Recorder, "start", broken)
         patch.setattr(type(scheduler.generation), "_pause", broken)
-        scheduler.runner = Runner(scheduler.runner.program, scheduler.backend, Recorder(None))  # type: ignore[arg-type]
+        scheduler.runner = Runner(scheduler.runner.program, scheduler.backend, Recorder.__new__(Recorder))
         scheduler.handle(QueryState(1))
         scheduler.handle(RecordExperts(2, "start"))
         scheduler.handle(PauseGeneration(3, "in_place"))
