@@ -107,6 +107,8 @@ class GenerateEndpoint:
                 await _stream(call, plan, style, bare_send)
             else:
                 await _answer(call, plan, style, scope, receive, send)
+        except RefusedError:
+            raise  # answered as such by the application
         except Exception as error:
             rids = [item.generate.rid for item in plan.items]
             if begun:
