@@ -79,11 +79,11 @@ Routing::Routing(int experts, int top_k) : experts_(experts), top_k_(top_k) {
 void Routing::reserve(int tokens) {
     const std::size_t pairs = offset(tokens);
     if (pairs > ids_.size()) {
-        ids_.resize(pairs);
         shares_.resize(pairs);
         rows_.resize(pairs);
         tokens_.resize(pairs);
         tiles_.reserve(static_cast<std::size_t>(most_tiles(tokens)));
+        ids_.resize(pairs);  // the last: its size says that there is room in all of them, even where one has failed
     }
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from engine.checkpoints.tokenizer import Tokenizer, decode
+from engine.wire.failures import is_failure
 from engine.wire.to_detokenizer import Detokenize
 from engine.wire.to_frontend import Detokenized
 
@@ -21,7 +22,9 @@ def detokenized(message: Detokenize, tokenizer: Tokenizer | None, vocab_size: in
         return Detokenized(message.key, [], error, bad_ids=True)
     try:
         texts = [decode(tokenizer, ids, message.skip_special_tokens) for ids in message.ids]
-    except Exception as error:
+    except BaseException as error:
+        if not is_failure(error):
+            raise
         logger.exception("/detokenize failed")
         return Detokenized(message.key, [], f"{type(error).__name__}: {error}")
     return Detokenized(message.key, texts, None)

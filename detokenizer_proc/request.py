@@ -4,53 +4,63 @@ from __future__ import annotations
 
 import logging
 
-from detokenizer_proc.incremental import StreamFactory
+from detokenizer_proc.incremental import SilentStream, Stream, StreamFactory
 from detokenizer_proc.stops import PatternTimeoutError, StopPatterns, StopStrings
+from engine.config import faults
+from engine.wire.failures import internal_error, is_failure
 from engine.wire.results import Finish
 from engine.wire.to_detokenizer import NO_TOKEN, Opened
 
 logger = logging.getLogger(__name__)
 
 
-def internal_error(key: int, error: Exception) -> Finish:
-    """How a request ends whose decoding fails for a reason that is ours. Call it while handling `error`."""
-    logger.exception("decoding request %d failed", key)
-    return Finish("abort", message=f"Internal error in the detokenizer: {type(error).__name__}: {error}", status=500)
+def decoding_failed(rid: str, error: BaseException) -> Finish:
+    """How request `rid` ends when its decoding has failed. Raises what is no failure but a call to stop."""
+    if not is_failure(error):
+        raise error
+    return internal_error(logger, "decoding", rid, error)
 
 
 class RequestText:
     """The state of one request.
 
     plain: it has no stops, so that a token whose text stands in the table needs nothing else.
-    early: it has ended before its first row here (its text could not be restored); the next row says so.
+    early: it has ended before its first row here (its text could not be restored, or that of its prompt's logprobs);
+    the next row says so.
     """
 
-    __slots__ = ("_held", "_no_stop_trim", "_patterns", "_stops", "attempt", "early", "key", "plain", "stream")
+    __slots__ = ("_held", "_no_stop_trim", "_patterns", "_stops", "attempt", "early", "key", "plain", "rid", "stream")
 
     def __init__(self, opened: Opened, streams: StreamFactory) -> None:
         options = opened.text_options
         self.key = opened.key
         self.attempt = opened.attempt
+        self.rid = opened.rid
         self.early: Finish | None = None
-        self.stream = streams.open(
-            opened.prompt_tail,
-            whole_prompt=len(opened.prompt_tail) >= opened.prompt_tokens,
-            skip_special_tokens=options.skip_special_tokens,
-        )
+        self.stream: Stream = SilentStream()
         self.plain = not options.stop and not options.stop_regex
         self._held = ""
         self._no_stop_trim = options.no_stop_trim
         # A pattern that occurs literally is trimmed like a stop string, so its beginnings are held back as well.
-        self._stops = None if self.plain else StopStrings(options.stop, options.stop_regex)
+        self._stops: StopStrings | None = None
         self._patterns: StopPatterns | None = None
         try:
+            if faults.armed:
+                faults.spring("detokenize", opened.prompt_tail + opened.output_ids)
+            self.stream = streams.open(
+                opened.prompt_tail,
+                whole_prompt=len(opened.prompt_tail) >= opened.prompt_tokens,
+                skip_special_tokens=options.skip_special_tokens,
+            )
+            if not self.plain:
+                self._stops = StopStrings(options.stop, options.stop_regex)
             if options.stop_regex:
                 self._patterns = StopPatterns(options.stop_regex)
             for token in opened.output_ids:
                 if self.early is None:
                     _, self.early = self.advance(token, None)
-        except Exception as error:
-            self.early = internal_error(self.key, error)
+        except BaseException as error:
+            self.early = decoding_failed(self.rid, error)
 
     def advance(self, token: int, finish: Finish | None) -> tuple[str, Finish | None]:
         """Take one row: the new id, and why the scheduler ends the request (None: it goes on).
@@ -59,6 +69,8 @@ class RequestText:
         """
         if self.early is not None:
             return "", self.early
+        if faults.armed:
+            faults.spring("detokenize", (token,))
         left_out = (
             finish is not None
             and finish.kind == "stop"

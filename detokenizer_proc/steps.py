@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from detokenizer_proc.incremental import StreamFactory
-from detokenizer_proc.request import RequestText, internal_error
+from detokenizer_proc.request import RequestText, decoding_failed
 from engine.checkpoints.tokenizer import Tokenizer, decode
+from engine.config import faults
 from engine.wire.results import Finish, InputLogprobs, TokenLogprobs
 from engine.wire.to_detokenizer import NO_TOKEN, Opened, StepOutput
 from engine.wire.to_frontend import Begun, TextStep
@@ -49,13 +50,15 @@ class StepDecoder:
         ended: list[int] = []
         dropped: set[int] = set()
         requests, attempts, tokens, finishes = self._requests, step.attempts, step.tokens, step.finished
+        quick = not faults.armed
+        logprob_texts = self._logprob_texts(step) if self._with_texts else {}
         for row, key in enumerate(step.keys):
             request = requests.get(key)
             if request is None or request.attempt != attempts[row]:
                 dropped.add(row)
                 continue
             finish = finishes.get(row)
-            if finish is None and request.plain and request.stream.plain and request.early is None:
+            if finish is None and quick and request.plain and request.stream.plain and request.early is None:
                 text = request.stream.table.get(tokens[row])
                 if text is not None:
                     texts.append(text)
@@ -67,7 +70,6 @@ class StepDecoder:
                 if finish is None:
                     ended.append(key)
                 del requests[key]
-        logprob_texts = self._logprob_texts(step, dropped) if self._with_texts else {}
         for row in finished:
             self._with_texts.discard(step.keys[row])
         if len(dropped) == len(step.keys) and not begun:
@@ -79,23 +81,33 @@ class StepDecoder:
         return (_without(whole, dropped) if dropped else whole), ended
 
     def _open(self, opened: Opened) -> Begun:
-        self._requests[opened.key] = RequestText(opened, self._streams)
+        request = self._requests[opened.key] = RequestText(opened, self._streams)
         texts = None
         self._with_texts.discard(opened.key)
         if opened.text_options.text_in_logprobs and self._tokenizer is not None:
             self._with_texts.add(opened.key)
             if opened.input_logprobs is not None:
-                texts = self._texts_of(_input_ids(opened.input_logprobs))
+                texts = self._try_texts(request, _input_ids(opened.input_logprobs))
         return Begun(
             opened.key, opened.attempt, opened.prompt_tokens, opened.cached_tokens, opened.input_logprobs, texts
         )
 
-    def _logprob_texts(self, step: StepOutput, dropped: set[int]) -> dict[int, dict[int, str]]:
+    def _logprob_texts(self, step: StepOutput) -> dict[int, dict[int, str]]:
+        """By row. A request whose texts fail has `early` set, and so ends with this step."""
         texts: dict[int, dict[int, str]] = {}
         for row, logprobs in step.logprobs.items():
-            if row not in dropped and step.keys[row] in self._with_texts:
-                texts[row] = self._texts_of(_output_ids(step.tokens[row], logprobs))
+            request = self._requests.get(step.keys[row])
+            if request is None or request.attempt != step.attempts[row] or request.key not in self._with_texts:
+                continue
+            texts[row] = self._try_texts(request, _output_ids(step.tokens[row], logprobs))
         return texts
+
+    def _try_texts(self, request: RequestText, ids: set[int]) -> dict[int, str]:
+        try:
+            return self._texts_of(ids)
+        except BaseException as error:
+            request.early = decoding_failed(request.rid, error)
+            return {}
 
     def _texts_of(self, ids: Iterable[int]) -> dict[int, str]:
         """Each id decoded by itself, special tokens shown; nothing for ids out of range."""
@@ -115,8 +127,8 @@ class StepDecoder:
 def _advance(request: RequestText, token: int, finish: Finish | None) -> tuple[str, Finish | None]:
     try:
         return request.advance(token, finish)
-    except Exception as error:
-        return "", internal_error(request.key, error)
+    except BaseException as error:
+        return "", decoding_failed(request.rid, error)
 
 
 def _output_ids(token: int, logprobs: TokenLogprobs) -> set[int]:

@@ -18,6 +18,7 @@ from http_frontend.bodies import (
     find_wide_integer,
     read_body,
 )
+from http_frontend.broken_answers import end_broken, send_broken
 from http_frontend.call import BARE_SEND, Call, Scope, Send, all_ended, send_json, send_last, watch
 from http_frontend.diagnosis import diagnose
 from http_frontend.errors import RefusedError, error_response, unreadable
@@ -94,15 +95,26 @@ class GenerateEndpoint:
         frontend = self._frontend
         call = Call(frontend.loop)
         style = self._style(request, plan.many)
+        bare_send = scope.get(BARE_SEND, send)
+        begun = False
         watcher = frontend.loop.create_task(watch(receive, call))
         try:
             start_call(call, plan, request.stream, frontend.journal)
             if request.stream:
                 await send(_STREAM_START)
+                begun = True
                 # Only the start of an answer concerns the middleware, and each of its layers costs a coroutine a chunk.
-                await _stream(call, plan, style, scope.get(BARE_SEND, send))
+                await _stream(call, plan, style, bare_send)
             else:
                 await _answer(call, plan, style, scope, receive, send)
+        except RefusedError:
+            raise  # answered as such by the application
+        except Exception as error:
+            rids = [item.generate.rid for item in plan.items]
+            if begun:
+                await end_broken(error, rids, style, bare_send)
+            else:
+                await send_broken(error, rids, scope, receive, send)
         finally:
             watcher.cancel()
             # Whatever has not ended by now has nobody left to tell.

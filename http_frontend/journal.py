@@ -8,16 +8,20 @@ one loop.
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from array import array
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from engine.wire.failures import internal_error
 from engine.wire.results import Finish, InputLogprobs, TokenLogprobs
 from engine.wire.to_frontend import Accepted, Ended, TextStep, Vectors
 from engine.wire.to_scheduler import Abort
 from engine.wire.to_tokenizer import Embed, Generate, Judge, ToTokenizer
+
+log = logging.getLogger(__name__)
 
 Request = Generate | Embed | Judge
 """A message that starts an item, and is answered by tokens or by a vector."""
@@ -210,7 +214,10 @@ class Journal:
     def ended(self, message: Ended) -> None:
         entry = self._entries.get(message.key)
         if entry is not None and entry.attempt == message.attempt:
-            self._end(entry, message.finish, message.origin)
+            try:
+                self._end(entry, message.finish, message.origin)
+            except Exception as error:
+                self._break(entry, error)
 
     def text_step(self, step: TextStep) -> None:
         """Apply a step's columns. Rows of unknown keys and of older attempts are skipped."""
@@ -236,22 +243,25 @@ class Journal:
             entry = entries.get(key)
             if entry is None or entry.attempt != attempt:
                 continue
-            if text:
-                entry.texts.append(text)
-            if retracted and key in retracted:
-                entry.retractions = entry.earlier_retractions + retracted[key]
-            entry.weight_version = version
-            output_ids = entry.output_ids
-            if token >= 0:
-                output_ids.append(token)
-            if logprobs and row in logprobs:
-                entry.logprobs.append(logprobs[row])
-                if row in step.logprob_texts:
-                    entry.logprob_texts.update(step.logprob_texts[row])
-            if finished and row in finished:
-                self._end(entry, finished[row], "scheduler")
-            elif len(output_ids) >= entry.due:
-                entry.notify(entry)
+            try:
+                if text:
+                    entry.texts.append(text)
+                if retracted and key in retracted:
+                    entry.retractions = entry.earlier_retractions + retracted[key]
+                entry.weight_version = version
+                output_ids = entry.output_ids
+                if token >= 0:
+                    output_ids.append(token)
+                if logprobs and row in logprobs:
+                    entry.logprobs.append(logprobs[row])
+                    if row in step.logprob_texts:
+                        entry.logprob_texts.update(step.logprob_texts[row])
+                if finished and row in finished:
+                    self._end(entry, finished[row], "scheduler")
+                elif len(output_ids) >= entry.due:
+                    entry.notify(entry)
+            except Exception as error:
+                self._break(entry, error)
 
     def vectors(self, step: Vectors) -> None:
         """Apply a step's vectors: each ends its entry. Rows of unknown keys and of older attempts are skipped."""
@@ -261,12 +271,15 @@ class Journal:
             entry = self._entries.get(key)
             if entry is None or entry.attempt != attempt:
                 continue
-            entry.vector = step.entries[start:end]
-            entry.hidden = step.hidden.get(row, b"")
-            entry.weight_version = step.weight_version
-            entry.prompt_tokens = step.prompt_tokens[row]
-            entry.retractions = step.retracted.get(key, entry.retractions)
-            self._end(entry, _ANSWERED, "scheduler")
+            try:
+                entry.vector = step.entries[start:end]
+                entry.hidden = step.hidden.get(row, b"")
+                entry.weight_version = step.weight_version
+                entry.prompt_tokens = step.prompt_tokens[row]
+                entry.retractions = step.retracted.get(key, entry.retractions)
+                self._end(entry, _ANSWERED, "scheduler")
+            except Exception as error:
+                self._break(entry, error)
 
     def _dispatch(self, entries: Iterable[Entry]) -> None:
         if self._held is not None:
@@ -290,6 +303,20 @@ class Journal:
         else:
             self._dispatch(followers)
         entry.notify(entry)
+
+    def _break(self, entry: Entry, error: Exception) -> None:
+        """End `entry` alone with status 500: what has come for it cannot be taken in, or its owner cannot be told."""
+        finish = internal_error(log, "delivering", entry.message.rid, error)
+        try:
+            if entry.key in self._entries:
+                if entry.sent:
+                    self._send(Abort([entry.key]))
+                self._end(entry, finish, "scheduler")
+            else:  # it broke in its end
+                entry.finish = finish
+                entry.notify(entry)
+        except Exception:
+            log.exception("Request %s has ended, and its owner cannot be told", entry.message.rid)
 
     def _drop(self, entry: Entry) -> bool:
         """Take `entry` out; false when it was out already."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from http_frontend.bodies import ClientGoneError, Receive, check_content_type, check_json_only, content_type, read_body
+from http_frontend.broken_answers import send_broken
 from http_frontend.call import Call, Scope, Send, all_ended, send_json, watch
 from http_frontend.errors import RefusedError, error_response
 from http_frontend.frontend import Frontend
@@ -39,6 +40,7 @@ class WholeCall:
             body = await read_body(receive)
         except ClientGoneError:
             return
+        work: Work | None = None
         check = check_content_type if self._shape == "A" else check_json_only
         try:
             self._frontend.check_open()
@@ -47,6 +49,10 @@ class WholeCall:
             answer = await self._run(work, receive)
         except RefusedError as refused:
             await error_response(self._shaped(refused))(scope, receive, send)
+            return
+        except Exception as error:
+            rids = [message.rid for message in work.messages] if work else []
+            await send_broken(error, rids, scope, receive, send)
             return
         if answer is not None:
             await send_json(send, answer)

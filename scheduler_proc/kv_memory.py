@@ -74,6 +74,11 @@ class KvMemory:
         request.slots[request.computed : request.computed + count] = self.pool.take(count)
         return True
 
+    def withdraw(self, request: Request, start: int, count: int) -> None:
+        """Take back the slots that `extend` gave for `count` tokens, from the `start`th on: they were not computed."""
+        first = request.computed + start
+        self.pool.give_back(request.slots[first : first + count])
+
     def store(self, request: Request) -> None:
         """Put what a request has computed into the tree, and go on with the tree's slots for it."""
         if not self.reuse or request.computed == request.tree_owned:

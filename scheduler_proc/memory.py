@@ -52,6 +52,10 @@ class Memory(Protocol):
         """Give a request slots for its next `count` tokens. False, and nothing done, when there is no room."""
         ...
 
+    def withdraw(self, request: Request, start: int, count: int) -> None:
+        """Take back what `extend` gave for `count` of its tokens, from the `start`th on: they were not computed."""
+        ...
+
     def store(self, request: Request) -> None:
         """Keep what a request has computed for others."""
         ...

@@ -14,7 +14,7 @@ PROMPT_TAIL = 8
 
 @dataclass(slots=True)
 class StepRows:
-    """The columns of a `StepOutput` while they grow."""
+    """The columns of a `StepOutput` while they grow. requests: whose rows they are."""
 
     opened: list[Opened] = field(default_factory=list)
     keys: list[int] = field(default_factory=list)
@@ -23,6 +23,7 @@ class StepRows:
     finished: dict[int, Finish] = field(default_factory=dict)
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     retracted: dict[int, int] = field(default_factory=dict)
+    requests: list[Request] = field(default_factory=list)
 
     def add(
         self,
@@ -34,8 +35,9 @@ class StepRows:
         """Add a row; a request's first row also opens it at the detokenizer."""
         row = len(self.keys)
         if not request.opened:
-            request.opened = True
             self.opened.append(_opened(request, row_has_token=token != NO_TOKEN))
+            request.opened = True
+        self.requests.append(request)
         self.keys.append(request.key)
         self.attempts.append(request.admit.attempt)
         self.tokens.append(token)
@@ -45,6 +47,24 @@ class StepRows:
             self.logprobs[row] = logprobs
         if request.retractions:
             self.retracted[request.key] = request.retractions
+
+    def single(self) -> list[StepRows]:
+        """The same rows, each by itself."""
+        opened = {one.key: one for one in self.opened}
+        parts = []
+        for row, key in enumerate(self.keys):
+            part = StepRows(
+                [opened[key]] if key in opened else [], [key], [self.attempts[row]], [self.tokens[row]],
+                requests=[self.requests[row]],
+            )  # fmt: skip
+            if row in self.finished:
+                part.finished[0] = self.finished[row]
+            if row in self.logprobs:
+                part.logprobs[0] = self.logprobs[row]
+            if key in self.retracted:
+                part.retracted[key] = self.retracted[key]
+            parts.append(part)
+        return parts
 
     def message(self, weight_version: str) -> StepOutput:
         return StepOutput(
@@ -67,4 +87,5 @@ def _opened(request: Request, *, row_has_token: bool) -> Opened:
         output_ids=request.tokens[request.prompt_length : end].tolist(),
         text_options=request.admit.text_options,
         input_logprobs=None if logprobs is None else logprobs.message(),
+        rid=request.admit.rid,
     )

@@ -64,7 +64,7 @@ class Extend:
 class Planner:
     """The queues: `waiting` in order of arrival, `running` in order of admission. `preemptions`: since the start.
 
-    hold: no request is admitted that has not begun already.
+    hold: no request is admitted that has not begun already. at: the request that `plan` has looked at last.
     """
 
     limits: PlannerLimits
@@ -73,13 +73,13 @@ class Planner:
     running: list[Request] = field(default_factory=list)
     preemptions: int = 0
     hold: bool = False
+    at: Request | None = None
 
-    def plan(self) -> tuple[list[Extend], list[Request]]:
-        """Plan one step and take its slots. Returns the step and the requests that can never be served (a lone
-        request for which the pool is too small)."""
+    def plan(self, plan: list[Extend], hopeless: list[Request]) -> None:
+        """Plan one step into `plan` and take its slots; into `hopeless` go the requests that can never be served (a
+        lone request for which the pool is too small)."""
+        self.at = None
         self.memory.begin_step()
-        plan: list[Extend] = []
-        hopeless: list[Request] = []
         for request in [r for r in self.running if r.outstanding == 1 and not r.trial]:
             self._extend(request, 1, plan, hopeless)
         budget = self.limits.prefill_budget
@@ -95,13 +95,11 @@ class Planner:
             count = self._chunk(candidate, budget, first=len(plan) == decodes)
             if count and self._extend(candidate, count, plan, hopeless):
                 budget -= count
-        return plan, hopeless
 
-    def plan_alone(self, request: Request) -> tuple[list[Extend], list[Request]]:
-        """As `plan`, of `request` alone; the plan is empty while there is no place for it."""
+    def plan_alone(self, request: Request, plan: list[Extend], hopeless: list[Request]) -> None:
+        """As `plan`, of `request` alone; the plan stays empty while there is no place for it."""
+        self.at = None
         self.memory.begin_step()
-        plan: list[Extend] = []
-        hopeless: list[Request] = []
         candidate: Request | None = request
         if request not in self.running:
             may_begin = request.begun or not self.hold
@@ -110,7 +108,6 @@ class Planner:
         if candidate is not None:
             count = self._chunk(candidate, self.limits.prefill_budget, first=True)
             self._extend(candidate, count, plan, hopeless)
-        return plan, hopeless
 
     def preempt(self, request: Request) -> None:
         """Send a running request back to the queue; what it has computed stays in the tree."""
@@ -139,6 +136,7 @@ class Planner:
 
         When there is no room, younger requests that are not in the plan are preempted, and at last this one.
         """
+        self.at = request
         if request not in self.running:
             return False  # preempted a moment ago, to make room for an older one
         while not self.memory.extend(request, count):
@@ -160,6 +158,7 @@ class Planner:
         """Admit the next request of `order` for which there is room; None when there is none."""
         passed_over = 0
         for request in order:
+            self.at = request
             if len(self.running) >= self.limits.max_running or passed_over == MOST_PASSED_OVER:
                 return None
             if self._shares_a_prefill(request):

@@ -66,6 +66,11 @@ class Request:
         return self.admit.key
 
     @property
+    def known(self) -> Tokens:
+        """Prompt and output so far."""
+        return self.tokens[: self.length]
+
+    @property
     def begun(self) -> bool:
         """Whether it has ever been admitted, by this attempt or an earlier one that has delivered output: something of
         it has been computed, though perhaps not delivered."""

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from engine.config import faults
 from engine.kernels.batch import RaggedBatch
 from engine.kernels.table import Backend, Program
 from scheduler_proc.planner import Extend
 from scheduler_proc.prompt_logprobs import record
 from scheduler_proc.recorder import Recorder
 from scheduler_proc.request import Request
+
+logger = logging.getLogger(__name__)
 
 NO_ROWS = np.empty(0, np.int64)
 HEAD_ROWS = 128
@@ -33,8 +37,12 @@ class Runner:
         """Compute one step: KV of every planned token, prompt logprobs where wanted.
 
         Returns float32 logits [R, V] for the R requests whose next token can be sampled, and these requests. The
-        logits may be overwritten, and are valid until the next step.
+        logits may be overwritten, and are valid until the next step. When it raises it may be called again: no
+        request has come further, but for the prompt logprobs that it has already.
         """
+        if faults.armed:
+            for step in plan:
+                faults.spring("allocate", step.request.known)
         batch = ragged_batch(plan)
         sampled = [step.request for step in plan if step.completes]
         ends = [batch.query_starts[i + 1] - 1 for i, step in enumerate(plan) if step.completes]
@@ -45,11 +53,22 @@ class Runner:
             self.program.run(batch, NO_ROWS)
             self._prompt_logprobs(plan, batch)
             logits = self.program.logits(rows)
+        if faults.armed:
+            for step in plan:
+                faults.spring("forward", step.request.known)
         if self.recorder is not None:
-            self.recorder.step(batch, self.program.routing)
+            self._note_experts(self.recorder, batch)
         for step in plan:
             step.request.computed += step.count
         return logits, sampled
+
+    def _note_experts(self, recorder: Recorder, batch: RaggedBatch) -> None:
+        """A record that cannot go on ends; the requests do not."""
+        try:
+            recorder.step(batch, self.program.routing)
+        except Exception:
+            logger.exception("The expert distribution cannot be recorded any further; recording ends")
+            recorder.stop()
 
     def _prompt_logprobs(self, plan: list[Extend], batch: RaggedBatch) -> None:
         for i, step in enumerate(plan):

@@ -8,13 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from engine.checkpoints.task import Task
+from engine.config import faults
 from engine.kernels.table import Backend
 from engine.wire.board import BEATS, Heart
+from engine.wire.failures import internal_error
 from engine.wire.results import Finish
 from engine.wire.sockets import Inbox
-from engine.wire.to_detokenizer import NO_TOKEN
 from engine.wire.to_frontend import Ended, ExpertsRecorded, Flushed, StartedOver, State
 from engine.wire.to_scheduler import (
     Abort,
@@ -28,17 +30,17 @@ from engine.wire.to_scheduler import (
 )
 from engine.wire.weights import PauseGeneration, WeightControl
 from scheduler_proc.answers import Answers
+from scheduler_proc.control_failures import failed_answers
 from scheduler_proc.generation import Generation
 from scheduler_proc.kv_memory import InvariantError
 from scheduler_proc.outputs import StepRows
-from scheduler_proc.planner import Extend, Planner
+from scheduler_proc.planner import Planner
 from scheduler_proc.recorder import obey
 from scheduler_proc.request import Request, new_request
 from scheduler_proc.runner import Runner
-from scheduler_proc.sampler import SampledRow, sample
 from scheduler_proc.statistics import Statistics
+from scheduler_proc.steps import Steps
 from scheduler_proc.trials import Trials
-from scheduler_proc.vectors import is_finite, vectors_message
 from scheduler_proc.weight_updates import WeightUpdates
 
 logger = logging.getLogger(__name__)
@@ -46,10 +48,8 @@ logger = logging.getLogger(__name__)
 NO_PRIORITY = "Using priority is disabled for this server. Please send a new request without a priority."
 QUEUE_FULL = "The request queue is full."
 OUTRANKED = "The request is aborted by a higher priority request."
-NOT_FINITE = "The vector of this request is not finite: the model's weights or its dtype do not suit it."
 PATIENCE = 0.01
 """Seconds between two looks at what no message tells of: the thread of a weight update, the deadline of a flush."""
-OUT_OF_MEMORY = "Out of memory even after retracting all other requests in the decode batch. Aborting the last request."
 
 
 class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,10 +98,16 @@ class Scheduler:
     heart: Heart | None = None
     trials: Trials = field(init=False)
     generation: Generation = field(init=False)
+    steps: Steps = field(init=False)
 
     def __post_init__(self) -> None:
         self.trials = Trials(self.planner, self.requests, self.heart.board if self.heart else None)
         self.generation = Generation(self.planner, self.requests, self.outbox, self.first_version, self.updates)
+        self.steps = Steps(
+            self.planner, self.trials, self.runner, self.backend, self.outbox, self.statistics, self.requests,
+            self.generation, drop=self._drop, eos_ids=self.settings.eos_ids,
+            original_logprobs=self.settings.original_logprobs, task=self.settings.task,
+        )  # fmt: skip
 
     @property
     def weight_version(self) -> str:
@@ -149,6 +155,31 @@ class Scheduler:
             logger.exception("The KV pool is not whole; this is a bug")
 
     def handle(self, message: ToScheduler) -> None:
+        """Carry a message out. One that fails ends its request, or is answered with an error, and nothing else.
+
+        Raises InvariantError when it has left the pool broken.
+        """
+        try:
+            self._handle(message)
+        except InvariantError:
+            raise
+        except Exception as error:
+            self._failed(message, error)
+
+    def _failed(self, message: ToScheduler, error: Exception) -> None:
+        if isinstance(message, Admit):
+            if message.key in self.requests:
+                self._drop(self.requests[message.key])
+            finish = internal_error(logger, "admitting", message.rid, error)
+            self.outbox.send(Ended(message.key, message.attempt, finish, "scheduler"))
+        else:
+            logger.exception("%s failed", type(message).__name__)
+            version, paused = self.generation.weight_version, self.generation.paused
+            for answer in failed_answers(message, error, weight_version=version, paused=paused):
+                self.outbox.send(answer)
+        self.planner.memory.check(self.planner.running)
+
+    def _handle(self, message: ToScheduler) -> None:
         match message:
             case Admit():
                 self._admit(message)
@@ -178,26 +209,7 @@ class Scheduler:
         """Plan and run one step, and send what it produced."""
         rows = StepRows()
         self._expire(rows)
-        plan, hopeless = self.trials.plan()
-        for request in hopeless:
-            del self.requests[request.key]
-            rows.add(request, finish=Finish("abort", message=OUT_OF_MEMORY, status=500))
-        if plan:
-            started = time.perf_counter()
-            logits, requests = self.runner.run(plan)
-            if self.settings.task.kind != "generation":
-                self._store_prefills(plan)
-                self._emit_vectors(requests, logits)
-                self.statistics.step(plan, 0, time.perf_counter() - started, self.planner)
-            else:
-                sampled = self._sample(logits, requests)
-                self._store_prefills(plan)
-                for request, row in zip(requests, sampled, strict=True):
-                    self._emit(request, row, rows)
-                self.statistics.step(plan, len(sampled), time.perf_counter() - started, self.planner)
-        self.trials.end_step()
-        if rows.keys:
-            self.outbox.send(rows.message(self.weight_version))
+        self.steps.step(rows)
 
     def _start_over(self, message: StartOver) -> None:
         for request in [r for r in self.requests.values() if r.key < message.before]:
@@ -244,6 +256,8 @@ class Scheduler:
         if admit.priority is not None and self.settings.refuse_priority:
             self._refuse(admit, NO_PRIORITY, 503)
             return
+        if faults.armed:
+            faults.spring("admit", np.frombuffer(admit.input_ids + admit.output_ids, "<i4"))
         self.arrivals += 1
         request = new_request(admit, self.arrivals, self.settings.longest)
         self.trials.enter(request)
@@ -282,8 +296,7 @@ class Scheduler:
             else:
                 self._drop(request)
                 rows.add(request, finish=Finish("abort", message="Aborted"))
-        if rows.keys:
-            self.outbox.send(rows.message(self.weight_version))
+        self.steps.send(rows)
 
     def _end_waiting(self, request: Request, finish: Finish) -> None:
         """End a request that has produced nothing yet."""
@@ -313,64 +326,6 @@ class Scheduler:
                     message = "Request running timeout reached."
                     rows.add(request, finish=Finish("abort", message=message, status=503))
 
-    def _sample(self, logits: Any, requests: list[Request]) -> list[SampledRow]:
-        if not requests:
-            return []
-        settings = self.settings
-        return sample(self.backend, logits, requests, settings.eos_ids, original_logprobs=settings.original_logprobs)
-
-    def _store_prefills(self, plan: list[Extend]) -> None:
-        """Share what a prefill has computed at once, not only when its request ends."""
-        for step in plan:
-            # A request that comes back prefills its earlier output too, perhaps in one chunk with its prompt.
-            if step.count > 1 or step.request.computed <= step.request.prompt_length:
-                self.planner.memory.store(step.request)
-
-    def _emit(self, request: Request, row: SampledRow, rows: StepRows) -> None:
-        """Take a sampled token into its request, and end that if this was its last."""
-        if request.max_new_tokens <= request.generated:  # a prompt that is only to be computed
-            logprobs = row.logprobs and msgspec.structs.replace(row.logprobs, logprob=None, top=None)
-            self._end(request, NO_TOKEN, _length(request), rows, logprobs)
-            return
-        if row.token is None:
-            self._end(request, NO_TOKEN, Finish("stop", matched="NaN happened"), rows)
-            return
-        request.append(row.token)
-        finish = self._finish(request, row.token)
-        if finish is None:
-            rows.add(request, row.token, logprobs=row.logprobs)
-        else:
-            self._end(request, row.token, finish, rows, row.logprobs)
-
-    def _emit_vectors(self, requests: list[Request], heads: Any) -> None:
-        """End the requests whose prompts are computed, row i of `heads` [R, W] being that of requests[i]."""
-        if not requests:
-            return
-        made, hidden = heads.numpy(), self.runner.program.pooled().numpy()
-        good = []
-        for i, request in enumerate(requests):
-            self._drop(request)
-            if is_finite(made[i]):
-                good.append(i)
-            else:
-                finish = Finish("abort", message=NOT_FINITE, status=500)
-                self.outbox.send(Ended(request.key, request.admit.attempt, finish, "scheduler"))
-        if good:
-            kept = [requests[i] for i in good]
-            rows = [made[i] for i in good]
-            self.outbox.send(vectors_message(kept, rows, hidden[good], self.settings.task, self.weight_version))
-
-    def _end(self, request: Request, token: int, finish: Finish, rows: StepRows, logprobs: Any = None) -> None:
-        self._drop(request)
-        rows.add(request, token, finish, logprobs)
-
-    def _finish(self, request: Request, token: int) -> Finish | None:
-        """Whether `token`, the newest, ends the request (contract §6.3, rows 4 and 5)."""
-        sampling = request.admit.sampling
-        if not sampling.ignore_eos and (token in self.settings.eos_ids or token in sampling.stop_token_ids):
-            return Finish("stop", matched=token)
-        return _length(request) if request.generated >= request.max_new_tokens else None
-
     def _answer_flushes(self) -> None:
         """Flush if idle, and answer each call that this or its own deadline has settled."""
         now, idle = time.monotonic(), not self.requests or (self.generation.paused and not self.planner.running)
@@ -378,12 +333,16 @@ class Scheduler:
         if not due:
             return
         self.flushes = [(flush, deadline) for flush, deadline in self.flushes if not idle and now < deadline]
-        if idle:
-            self.planner.memory.flush()
-            logger.info("Cache flushed")
+        done = idle and self._flush()
         for flush in due:
-            self.outbox.send(Flushed(flush.key, idle))
+            self.outbox.send(Flushed(flush.key, done))
 
-
-def _length(request: Request) -> Finish:
-    return Finish("length", length=request.max_new_tokens)
+    def _flush(self) -> bool:
+        try:
+            self.planner.memory.flush()
+        except Exception:
+            logger.exception("The cache cannot be flushed")
+            self.planner.memory.check(self.planner.running)
+            return False
+        logger.info("Cache flushed")
+        return True

@@ -46,6 +46,9 @@ class StepMemory:
         self._next = end
         return True
 
+    def withdraw(self, request: Request, start: int, count: int) -> None:
+        pass
+
     def store(self, request: Request) -> None:
         pass
 

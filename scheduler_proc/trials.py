@@ -39,21 +39,22 @@ class Trials:
             request.trial = 1 if deaths == 1 else LONG_TRIAL
             self.suspects.append(request)
 
-    def plan(self) -> tuple[list[Extend], list[Request]]:
+    def plan(self, plan: list[Extend], hopeless: list[Request]) -> None:
         """Plan the next step, as `Planner.plan`: of one suspect, or of all who are none."""
         if not self.suspects:
-            return self.planner.plan()
+            self.planner.plan(plan, hopeless)
+            return
         self.suspects = [r for r in self.suspects if r.trial and self.requests.get(r.key) is r]
         if self.suspects and self._in_a_row < IN_A_ROW:
             suspect = self.suspects[0]
-            plan, hopeless = self.planner.plan_alone(suspect)
+            self.planner.plan_alone(suspect, plan, hopeless)
             if plan or hopeless:
                 self._in_a_row += 1
                 if plan:
                     self._begin(suspect, plan[0].completes)
-                return plan, hopeless
+                return
         self._in_a_row = 0
-        return self.planner.plan()
+        self.planner.plan(plan, hopeless)
 
     def end_step(self) -> None:
         """The step that was planned last is over."""

@@ -6,6 +6,7 @@ waiting ──► preparing ──► draining ──► copying ──► ended
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from typing import Any, Literal
 
 from engine.wire.weights import ReadWeights, UpdateWeights, WeightRows
 from scheduler_proc.weights import Prepared, RefusedUpdateError, Weights
+
+logger = logging.getLogger(__name__)
 
 Phase = Literal["waiting", "preparing", "draining", "copying"]
 
@@ -69,9 +72,15 @@ class WeightUpdates:
         """The answers to `reads`; none while weights are copied."""
         if self.phase == "copying" or not self.reads:
             return []
-        answers = [WeightRows(read.key, self.weights.rows(read.name, read.rows)) for read in self.reads]
-        self.reads.clear()
-        return answers
+        reads, self.reads = self.reads, []
+        return [WeightRows(read.key, self._rows(read)) for read in reads]
+
+    def _rows(self, read: ReadWeights) -> list[Any] | None:
+        try:
+            return self.weights.rows(read.name, read.rows)
+        except Exception:
+            logger.exception("Tensor %r cannot be read", read.name)
+            return None
 
     def wait(self, seconds: float) -> None:
         """Until the thread has finished what it does, at most `seconds`. Its errors are left to `advance`."""

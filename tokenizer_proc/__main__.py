@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import sys
 
 import zmq
@@ -12,6 +13,7 @@ from engine.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from engine.config import ConfigError, RunConfig
 from engine.config.environment import count_limit
 from engine.wire.board import BEATS, Heart
+from engine.wire.failures import internal_error
 from engine.wire.process import arguments, begin, report_ready
 from engine.wire.sockets import Inbox, Outbox
 from engine.wire.to_frontend import Ended, ToFrontend
@@ -20,6 +22,8 @@ from engine.wire.to_tokenizer import Embed, Generate, Judge, Tokenize, ToTokeniz
 from tokenizer_proc.admission import admit
 from tokenizer_proc.replies import tokenized
 from tokenizer_proc.validation import Bounds
+
+logger = logging.getLogger(__name__)
 
 
 def main() -> None:
@@ -43,17 +47,32 @@ def main() -> None:
         for message in inbox.drain():
             heart.beat()
             if isinstance(message, Generate | Embed | Judge):
-                outcome = admit(message, tokenizer, bounds)
-                if isinstance(outcome, Ended):
-                    frontend.send(outcome)
-                else:
-                    accepted, admitted = outcome
-                    frontend.send(accepted)
-                    scheduler.send(admitted)
+                _admit(message, tokenizer, bounds, frontend, scheduler)
             elif isinstance(message, Tokenize):
                 frontend.send(tokenized(message, tokenizer, config.facts.context_length))
             else:
                 scheduler.send(message)
+
+
+def _admit(
+    message: Generate | Embed | Judge,
+    tokenizer: Tokenizer | None,
+    bounds: Bounds,
+    frontend: Outbox[ToFrontend],
+    scheduler: Outbox[ToScheduler],
+) -> None:
+    """Send a request on, or its end back. What cannot be put into a message ends its request alone."""
+    outcome = admit(message, tokenizer, bounds)
+    try:
+        if isinstance(outcome, Ended):
+            frontend.send(outcome)
+        else:
+            accepted, admitted = outcome
+            frontend.send(accepted)
+            scheduler.send(admitted)
+    except (ValueError, TypeError, OverflowError) as error:
+        finish = internal_error(logger, "sending", message.rid, error)
+        frontend.send(Ended(message.key, message.attempt, finish, "scheduler"))
 
 
 def bounds_of(config: RunConfig) -> Bounds:

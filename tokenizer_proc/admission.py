@@ -6,6 +6,8 @@ import logging
 from array import array
 
 from engine.checkpoints.tokenizer import Tokenizer, encode
+from engine.config import faults
+from engine.wire.failures import internal_error, is_failure
 from engine.wire.results import Finish
 from engine.wire.to_frontend import Accepted, Ended
 from engine.wire.to_scheduler import Admit
@@ -32,7 +34,8 @@ def admit(
 ) -> tuple[Accepted, Admit] | Ended:
     """What to send to the frontend and the scheduler, or to the frontend alone when the request is refused.
 
-    Never raises: an unexpected failure ends this request with status 500, and the log has the traceback.
+    Never raises: an unexpected failure, a panic of the tokenizer among them, ends this request with status 500, and
+    the log has the traceback.
     """
     try:
         match message:
@@ -45,14 +48,17 @@ def admit(
     except RefusalError as refusal:
         finish = Finish("abort", message=str(refusal), status=400)
         return Ended(message.key, message.attempt, finish, refusal.origin)
-    except Exception as error:
-        logger.exception("admitting request %s failed", message.rid)
-        text = f"Internal error while admitting request {message.rid}: {type(error).__name__}: {error}"
-        return Ended(message.key, message.attempt, Finish("abort", message=text, status=500), "scheduler")
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        finish = internal_error(logger, "admitting", message.rid, error)
+        return Ended(message.key, message.attempt, finish, "scheduler")
 
 
 def _admit(message: Generate, tokenizer: Tokenizer | None, bounds: Bounds) -> tuple[Accepted, Admit]:
     ids = _prompt_ids(message, tokenizer)
+    if faults.armed:
+        faults.spring("tokenize", ids)
     check_ids(ids, bounds.vocab_size)
     kept, sampling, cuts = fit_context(len(ids), message.sampling, bounds)
     check_sampling(sampling, bounds.vocab_size)

@@ -6,6 +6,7 @@ import logging
 from array import array
 
 from engine.checkpoints.tokenizer import Tokenizer, encode_pair
+from engine.config import faults
 from engine.wire.sampling import Sampling, TextOptions
 from engine.wire.to_frontend import Accepted
 from engine.wire.to_scheduler import Admit, VectorOptions
@@ -19,6 +20,8 @@ logger = logging.getLogger(__name__)
 def admit_embed(message: Embed, tokenizer: Tokenizer | None, bounds: Bounds) -> tuple[Accepted, Admit]:
     """What to send to the frontend and the scheduler. Raises RefusalError."""
     ids, segments = _prompt(message, tokenizer, bounds)
+    if faults.armed:
+        faults.spring("tokenize", ids)
     check_ids(ids, bounds.vocab_size)
     packed = pack(ids)
     admitted = Admit(

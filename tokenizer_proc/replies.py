@@ -6,6 +6,7 @@ import logging
 
 from engine.checkpoints.chat_template import ChatTemplateError, render_chat
 from engine.checkpoints.tokenizer import Tokenizer, encode
+from engine.wire.failures import is_failure
 from engine.wire.to_frontend import Tokenized
 from engine.wire.to_tokenizer import Tokenize
 
@@ -24,7 +25,9 @@ def tokenized(message: Tokenize, tokenizer: Tokenizer | None, context_length: in
         return Tokenized(message.key, _ids(message, tokenizer), limit, None)
     except ChatTemplateError as error:
         return Tokenized(message.key, [], limit, str(error))
-    except Exception as error:
+    except BaseException as error:
+        if not is_failure(error):
+            raise
         logger.exception("/tokenize failed")
         return Tokenized(message.key, [], limit, f"{type(error).__name__}: {error}")
 

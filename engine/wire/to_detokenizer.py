@@ -19,6 +19,7 @@ class Opened(msgspec.Struct, frozen=True, array_like=True):
 
     prompt_tail: the last few prompt ids, the context in which the output is decoded.
     output_ids: ids that an earlier attempt has delivered (their text is known to the frontend).
+    rid: for messages and the log.
     """
 
     key: int
@@ -29,6 +30,7 @@ class Opened(msgspec.Struct, frozen=True, array_like=True):
     output_ids: list[int]
     text_options: TextOptions
     input_logprobs: InputLogprobs | None
+    rid: str = ""
 
 
 class StepOutput(msgspec.Struct, frozen=True, array_like=True, tag=True):

@@ -21,7 +21,7 @@ class Accepted(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Ended(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """A request that ended before its first token.
+    """A request that ended before its first token, or has failed in the scheduler at any time.
 
     origin "door": refused by validation in the tokenizer. origin "scheduler": refused, aborted or failed there.
     (Streams show the two differently: contract §7.5.)

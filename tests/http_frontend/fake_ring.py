@@ -69,7 +69,8 @@ class FakeRing:
     """Plays the other processes. `hold`: no steps are made while it is set. `silent`: nothing is answered at all.
 
     Texts (and documents) that begin with "REFUSE " are refused at the door, with "QUEUE " by the scheduler with 503,
-    with "BREAK " they end in a 500 after 3 tokens. Everything that came is in `seen`. width: of the model's vectors.
+    with "BREAK " they end in a 500 after 3 tokens, with "GARBLE " the ids of their prompts lack a byte. Everything that
+    came is in `seen`. width: of the model's vectors.
     """
 
     def __init__(self, runtime_dir: str, step_seconds: float = 0.001, width: int = 3) -> None:
@@ -212,7 +213,10 @@ class FakeRing:
             prompt.frombytes(message.input_ids)
         else:
             prompt.extend(ord(letter) for text in texts for letter in text)
-        self.frontend.send(Accepted(message.key, message.attempt, prompt.tobytes()))
+        garbled = texts[-1].startswith("GARBLE ")
+        if garbled:
+            prompt.append(0)
+        self.frontend.send(Accepted(message.key, message.attempt, prompt.tobytes()[: -1 if garbled else None]))
         made = len(message.output_ids) // 4 if isinstance(message, Generate) else 0
         self.running[message.key] = Running(message, prompt.tolist(), made)
 

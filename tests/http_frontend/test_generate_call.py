@@ -1,4 +1,5 @@
-"""A call that breaks while it is being started leaves nothing in the journal: a drain would wait for it."""
+"""A call that breaks while it is being started is answered, and leaves nothing in the journal: a drain would wait for
+it."""
 
 from __future__ import annotations
 
@@ -21,8 +22,9 @@ from http_frontend.journal import Journal
 
 
 @pytest.mark.parametrize("samples", [1, 2])
-def test_a_call_that_cannot_be_sent_leaves_no_entry(samples: int) -> None:
+def test_a_call_that_cannot_be_sent_leaves_no_entry(samples: int, caplog: pytest.LogCaptureFixture) -> None:
     sent: list[Any] = []
+    answered: list[Any] = []
 
     def send(message: Any) -> None:
         if isinstance(message, Generate) and message.text == "second":
@@ -38,8 +40,8 @@ def test_a_call_that_cannot_be_sent_leaves_no_entry(samples: int) -> None:
         body = {"text": ["first", "second", "third"], "sampling_params": {"n": samples}}
         return {"type": "http.request", "body": json.dumps(body).encode()}
 
-    async def answer(_message: Any) -> None:
-        raise AssertionError("nothing should be answered")
+    async def answer(message: Any) -> None:
+        answered.append(message)
 
     async def call() -> None:
         run = run_config("/nowhere", 1)
@@ -47,12 +49,13 @@ def test_a_call_that_cannot_be_sent_leaves_no_entry(samples: int) -> None:
             run=run, journal=journal, loop=asyncio.get_running_loop(), weight_version="w", check_open=lambda: None,
             desk=Desk(run, None, itertools.count(1).__next__, random.Random(0), journal.is_running),
         )  # fmt: skip
-        scope = {"headers": [(b"content-type", b"application/json")]}
+        scope = {"type": "http", "headers": [(b"content-type", b"application/json")]}
         await GenerateEndpoint(cast(Frontend, frontend))(scope, receive, answer)
 
     received: list[bool] = []
-    with pytest.raises(OSError, match="no message"):
-        asyncio.run(call())
+    asyncio.run(call())
+    assert answered[0]["status"] == 500 and answered[1]["body"] == b"Internal Server Error"
+    assert "OSError: no message can be sent" in caplog.text
     assert len(journal) == 0
     first = next(message.key for message in sent if isinstance(message, Generate))
     assert first in next(message.keys for message in sent if isinstance(message, Abort))

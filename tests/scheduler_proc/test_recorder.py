@@ -69,7 +69,7 @@ def serve(model: Model, recorder: Recorder, *, budget: int = 16) -> tuple[Schedu
     scheduler, sent = scheduler_over(
         model.backend, model.program(cache), 400, longest=300, eos_ids=[], prefill_budget=budget
     )
-    scheduler.runner = Runner(scheduler.runner.program, model.backend, recorder)
+    scheduler.runner = scheduler.steps.runner = Runner(scheduler.runner.program, model.backend, recorder)
     return scheduler, sent
 
 
@@ -265,7 +265,7 @@ def test_a_file_that_cannot_be_written_is_an_answer(folder: Path, tmp_path: Path
     (tmp_path / "file").write_text("in the way")
     scheduler, sent, _ = simulated_scheduler(50)
     recorder = recorder_of(config_of(folder), tmp_path / "file")
-    scheduler.runner = Runner(scheduler.runner.program, scheduler.backend, recorder)
+    scheduler.runner = scheduler.steps.runner = Runner(scheduler.runner.program, scheduler.backend, recorder)
     recorder.start()
     one_step(recorder, 1)
     scheduler.handle(RecordExperts(3, "dump"))
