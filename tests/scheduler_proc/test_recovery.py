@@ -51,7 +51,7 @@ def scheduler_with(pool: int = 400, **limits: Any) -> tuple[Scheduler, Attempts]
     scheduler, _, _ = simulated_scheduler(pool, **limits)
     sent = Attempts()
     scheduler.outbox = sent  # type: ignore[assignment]
-    scheduler.generation.outbox = sent
+    scheduler.generation.outbox = scheduler.steps.outbox = sent
     return scheduler, sent
 
 
@@ -113,7 +113,7 @@ def test_a_full_queue_takes_back_what_was_in_it() -> None:
 def test_suspects_are_computed_alone_at_first(tmp_path: Any, deaths: int) -> None:
     scheduler, sent = scheduler_with()
     heart = Heart(str(tmp_path), "scheduler")
-    scheduler.trials = Trials(scheduler.planner, scheduler.requests, heart.board)
+    scheduler.trials = scheduler.steps.trials = Trials(scheduler.planner, scheduler.requests, heart.board)
     seen: list[tuple[int, set[int]]] = []
     run = scheduler.runner.program.run
 
