@@ -26,7 +26,7 @@ MODULES = {
     "frontend": "http_frontend",
 }
 LISTS = ("input_token_logprobs", "input_top_logprobs", "output_token_logprobs", "output_top_logprobs")
-PATIENCE = 60.0
+PATIENCE = 120.0
 STREAMS = 32
 
 
