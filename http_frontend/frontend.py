@@ -6,6 +6,7 @@ import asyncio
 import logging
 import random
 import time
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -34,6 +35,7 @@ class Frontend:
     ended: resolves when a drain is over, or with the error that ends the process.
     run: the launch's, with the names of the model that serves now. paused: nothing is computed for now.
     warm: `/health` may be 200. startup_seconds: from the launch until then.
+    stop_accepting: called when a drain leaves new connections to the next server.
     """
 
     def __init__(self, run: RunConfig, context: zmq.Context[Any]) -> None:
@@ -53,6 +55,7 @@ class Frontend:
         self.warm = False
         self.draining = False
         self.startup_seconds = 0.0
+        self.stop_accepting: Callable[[], None] = lambda: None
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -136,6 +139,8 @@ class Frontend:
         if self.draining:
             return
         self.draining = True
+        if message.leave_queue:
+            self.stop_accepting()
         # Health checks that wait for a sign of life have their answer: 503.
         self.pulse.beat()
         log.info("draining: %d requests in flight, at most %g s", len(self.journal), message.timeout)

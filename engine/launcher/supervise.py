@@ -19,6 +19,7 @@ import zmq
 from engine.config import RunConfig
 from engine.config.environment import switch
 from engine.launcher.children import Child, Program, start_child
+from engine.launcher.notify import Notifier
 from engine.launcher.signals import arrived
 from engine.wire.lifecycle import Drain, FromLauncher, Limits, Ready, Serving, ToLauncher, Warm
 from engine.wire.sockets import Inbox, Outbox
@@ -36,6 +37,7 @@ class Tree:
     """One launch under way.
 
     url: where it serves. began: time.monotonic() at its start. force_shutdown: a signal ends it without a drain.
+    socket_passed: the listening socket is the service manager's, and outlives this server.
     """
 
     run: RunConfig
@@ -51,11 +53,14 @@ class Tree:
     warm: bool = False
     drain_until: float | None = None
     grace: float = END_GRACE
+    notifier: Notifier = field(default_factory=Notifier)
+    socket_passed: bool = False
 
 
 def supervise(
     run: RunConfig, config_file: Path, programs: Sequence[Program], listener: socket.socket,
     signals: socket.socket, context: zmq.Context[Any], *, url: str, began: float,
+    notifier: Notifier, socket_passed: bool,
 ) -> int:  # fmt: skip
     """Start `programs` and see them through; returns the exit code, when none of them is left.
 
@@ -64,6 +69,7 @@ def supervise(
     tree = Tree(
         run, url, began, signals, Inbox(context, run.runtime_dir, "launcher", ToLauncher),
         Outbox(context, run.runtime_dir, "frontend"), force_shutdown=switch("FORCE_SHUTDOWN"),
+        notifier=notifier, socket_passed=socket_passed,
     )  # fmt: skip
     tree.selector.register(signals, selectors.EVENT_READ)
     tree.selector.register(tree.inbox.fileno(), selectors.EVENT_READ)
@@ -74,7 +80,7 @@ def supervise(
             tree.selector.register(child.output, selectors.EVENT_READ, child)
         code = _look(tree)
         while code is None:
-            _wait(tree, tree.drain_until)
+            _wait(tree, tree.notifier.beat(tree.drain_until))
             code = _look(tree)
         return code
     finally:
@@ -126,6 +132,7 @@ def _hear(tree: Tree, message: ToLauncher) -> None:
             lines = [f"Tokenmill serves {tree.run.server.served_model_name} on {tree.url}"]
             lines += [f"  {title}: pid {pid}" for title, pid in pids.items()]
             _write(sys.stdout, "".join(f"{line}\n" for line in lines).encode())
+            tree.notifier.ready(f"serving {tree.run.server.served_model_name} on {tree.url}")
 
 
 def _log_limits(run: RunConfig, limits: Limits) -> None:
@@ -145,11 +152,13 @@ def _stop(tree: Tree, number: signal.Signals) -> bool:
         return True
     if not tree.warm or tree.force_shutdown:
         log.info("%s: ending", number.name)
+        tree.notifier.stopping(f"{number.name}: ending", tree.grace)
         return True
     timeout = tree.run.server.drain_timeout
     log.info("%s: requests in flight have %.0f s to finish; once more to end at once", number.name, timeout)
-    tree.frontend.send(Drain(timeout))
+    tree.frontend.send(Drain(timeout, leave_queue=tree.socket_passed))
     tree.drain_until = time.monotonic() + timeout + DRAIN_MARGIN
+    tree.notifier.stopping(f"{number.name}: requests in flight finish", timeout + DRAIN_MARGIN + tree.grace)
     return False
 
 
