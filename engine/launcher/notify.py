@@ -11,8 +11,6 @@ import time
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 
-import psutil
-
 from engine.launcher.errors import LaunchError
 
 log = logging.getLogger(__name__)
@@ -127,6 +125,8 @@ def take_notifier(environment: MutableMapping[str, str]) -> Notifier:
 
 def _processor_seconds() -> float:
     """That this process and all its living children have used so far."""
+    import psutil  # only a launch that someone waits for pays for it
+
     spent = 0.0
     me = psutil.Process()
     for process in (me, *me.children(recursive=True)):
