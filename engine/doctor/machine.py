@@ -26,7 +26,7 @@ def processor(cpuinfo: str | None, machine: str) -> Finding:
         if separator
     }
     has = set(fields.get("flags", "").split())
-    usable = []
+    usable: list[str] = []
     for isa in reversed(_ISAS):
         if not has.issuperset(_ISAS[isa]):
             break

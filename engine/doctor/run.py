@@ -55,7 +55,7 @@ def _all(config: ServerConfig, warnings: Sequence[str]) -> Iterator[Finding]:
     for warning in warnings:
         yield Finding("flags", "warning", warning, "leave it out")
     checks: dict[str, Check] = {
-        "python": lambda: [software.python(tuple(sys.version_info), sys.executable)],
+        "python": lambda: [software.python(sys.version_info[:3], sys.executable)],
         "torch": lambda: [software.torch_import()],
         "processor": lambda: [machine.processor(read_text("/proc/cpuinfo"), platform.machine())],
         "kernels": lambda: _kernels(config),
