@@ -12,10 +12,11 @@ from detokenizer_proc.steps import StepDecoder
 from engine.checkpoints.errors import CheckpointError
 from engine.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from engine.config import RunConfig
+from engine.wire.board import BEATS, Heart
 from engine.wire.process import arguments, begin, report_ready
 from engine.wire.sockets import Inbox, Outbox
 from engine.wire.to_detokenizer import Detokenize, StepOutput, ToDetokenizer
-from engine.wire.to_frontend import Ended, ToFrontend
+from engine.wire.to_frontend import Ended, StartedOver, ToFrontend
 from engine.wire.to_scheduler import StopSeen, ToScheduler
 
 
@@ -30,16 +31,20 @@ def main() -> None:
     frontend: Outbox[ToFrontend] = Outbox(context, config.runtime_dir, "frontend")
     scheduler: Outbox[ToScheduler] = Outbox(context, config.runtime_dir, "scheduler")
     decoder = StepDecoder(tokenizer)
+    heart = Heart(config.runtime_dir, "detokenizer")
     gc.collect()
     gc.freeze()  # what is loaded now lives until the end: the collector need not look at it again
     report_ready(context, config, "detokenizer")
     while True:
-        inbox.wait(None)
+        heart.beat()
+        inbox.wait(BEATS)
         for message in inbox.drain():
+            heart.beat()
             if isinstance(message, StepOutput):
                 step, ended = decoder.decode(message)
                 if ended:
-                    scheduler.send(StopSeen(ended))
+                    attempts = dict(zip(message.keys, message.attempts, strict=True))
+                    scheduler.send(StopSeen(ended, [attempts[key] for key in ended]))
                 if step is not None:
                     frontend.send(step)
             elif isinstance(message, Detokenize):
@@ -47,6 +52,8 @@ def main() -> None:
             else:
                 if isinstance(message, Ended):
                     decoder.forget(message.key)
+                elif isinstance(message, StartedOver):
+                    decoder.forget_before(message.before)
                 frontend.send(message)
 
 

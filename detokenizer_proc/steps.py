@@ -32,6 +32,11 @@ class StepDecoder:
         self._requests.pop(key, None)
         self._with_texts.discard(key)
 
+    def forget_before(self, before: int) -> None:
+        """Drop the state of every request whose key is below `before`."""
+        for key in [key for key in self._requests if key < before]:
+            self.forget(key)
+
     def decode(self, step: StepOutput) -> tuple[TextStep | None, list[int]]:
         """The step with its texts, and the keys that ended here, of which the scheduler does not know yet.
 

@@ -13,13 +13,15 @@ import msgspec
 import zmq
 
 from engine.config import RunConfig
-from engine.wire.lifecycle import Drain, Limits, Serving
+from engine.wire.lifecycle import Drain, FromLauncher, GiveUp, Limits, Lost, Serving
 from engine.wire.results import Finish
+from engine.wire.to_frontend import StartedOver
 from engine.wire.weights import Paused, WeightsUpdated
 from http_frontend.defaults import read_preferred
 from http_frontend.errors import RefusedError
 from http_frontend.items import Desk
 from http_frontend.pulse import Pulse, WarmUpError, warm_up
+from http_frontend.replay import blame
 from http_frontend.ring import Ring
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,8 @@ class Frontend:
     run: the launch's, with the names of the model that serves now. paused: nothing is computed for now.
     warm: `/health` may be 200. startup_seconds: from the launch until then.
     stop_accepting: called when a drain leaves new connections to the next server.
+    epoch: the newest that the launcher has told. lost: processes that are dead and not replaced yet.
+    deaths, replays: of processes and of requests, since this process began.
     """
 
     def __init__(self, run: RunConfig, context: zmq.Context[Any]) -> None:
@@ -56,6 +60,11 @@ class Frontend:
         self.draining = False
         self.startup_seconds = 0.0
         self.stop_accepting: Callable[[], None] = lambda: None
+        self.epoch = run.epoch
+        self.reborn = run.epoch > 0
+        self.lost: set[str] = set()
+        self.deaths = 0
+        self.replays = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -65,16 +74,18 @@ class Frontend:
         self.ended: asyncio.Future[None] = loop.create_future()
         self.pulse = Pulse(self.ring, loop, generates=self.run.facts.is_generation)
         self.ring.on_scheduler = self.pulse.beat
-        self.ring.on_serving = self._serving
-        self.ring.on_drain = lambda message: self._spawn(self._drain(message))
+        self.ring.on_launcher = self._hear
         self.ring.on_weights = self._weights
         self.ring.on_failure = self._fail
         self.ring.open(loop)
+        if self.reborn:
+            # What the frontend before this one has asked for concerns nobody any more.
+            self.ring.start_over(None)
 
     @property
     def up(self) -> bool:
-        """Ready to work and not about to leave."""
-        return self.warm and not self.draining
+        """Ready to work, whole, and not about to leave."""
+        return self.warm and not self.draining and not self.lost
 
     def check_open(self) -> None:
         """Raise the 503 of a server that is about to leave."""
@@ -95,12 +106,14 @@ class Frontend:
         if not self.ended.done():
             self.ended.set_exception(error)
 
-    def _weights(self, message: WeightsUpdated | Paused) -> None:
+    def _weights(self, message: WeightsUpdated | Paused | StartedOver) -> None:
         """After an update the model goes by its new name everywhere; the tokenizer is the launch's all along."""
         self.paused = message.paused
         if isinstance(message, Paused):
             return
         self.weight_version = message.weight_version
+        if isinstance(message, StartedOver):
+            return
         path, run = message.model_path, self.run
         if path is not None:
             tokenizer_path = run.server.tokenizer_path or run.model.name
@@ -112,13 +125,59 @@ class Frontend:
                 ),
             )
 
+    def _hear(self, message: FromLauncher) -> None:
+        match message:
+            case Serving():
+                self._serving(message)
+            case Lost():
+                self._lost(message)
+            case GiveUp():
+                self._give_up(message)
+            case Drain():
+                self._spawn(self._drain(message))
+
     def _serving(self, message: Serving) -> None:
+        if message.epoch < self.epoch:
+            return  # another process has died since
+        if self.lost:
+            self._go_on()
         if not self.limits.done():
             self.limits.set_result(message.limits)
             self._spawn(self._warm_up())
 
+    def _lost(self, message: Lost) -> None:
+        """A process is dead: nothing is sent until it is replaced, and `/health` is 503."""
+        if message.epoch <= self.epoch:
+            return  # it was meant for a frontend before this one
+        self.epoch = message.epoch
+        self.deaths += 1
+        self.lost.add(message.process)
+        self.ring.hold()
+        if message.process == "scheduler":
+            blame(self.journal, message)
+        log.warning("the %s is lost: %d requests wait for another", message.process, len(self.journal))
+        # Health checks that wait for a sign of life have their answer: 503.
+        self.pulse.beat()
+
+    def _go_on(self) -> None:
+        """All processes are there again: have them forget what they know, and tell them what is in flight."""
+        self.ring.start_over(self.paused if "scheduler" in self.lost else None)
+        self.lost.clear()
+        replays = self.ring.release()
+        self.replays += replays
+        log.info("whole again: %d requests were sent anew", replays)
+
+    def _give_up(self, message: GiveUp) -> None:
+        self.draining = True
+        self.pulse.beat()
+        self.ring.fail_questions(RefusedError("D", message.message, 500))
+        self.journal.end_all(Finish("abort", message=message.message, status=500))
+        if not self.ended.done():
+            self.ended.set_result(None)
+
     async def _warm_up(self) -> None:
-        if not self.run.server.skip_server_warmup:
+        # Where only this process is new, the others are warm.
+        if not self.run.server.skip_server_warmup and not self.reborn:
             try:
                 await warm_up(
                     self.ring,

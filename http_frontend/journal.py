@@ -25,6 +25,7 @@ Request = Generate | Embed | Judge
 NEVER = sys.maxsize
 """`Entry.due` of a request whose owner wants to hear only of its end."""
 
+_ABORTED = Finish("abort", message="Aborted")
 _ABORTED_WAITING = Finish("abort", message="Abort in waiting queue")
 _ANSWERED = Finish("length", length=0)
 """How a request ends whose vector has come."""
@@ -41,12 +42,15 @@ class Entry:
     weight_version: of the weights that computed the newest output; empty until there is some.
     probe: the server's own request (health, warm-up), which no client can see or abort.
     followers: entries that are sent once this one has ended well.
+    aborted: the scheduler was asked to end it. deaths: of the scheduler, while it was in flight; trials: those of them
+    at which it was on trial. replays: how often it was sent again. earlier_retractions: of earlier attempts.
     """
 
     __slots__ = (
-        "arrived", "asked_rid", "attempt", "cached_tokens", "due", "finish", "finished", "followers", "hidden",
-        "index", "input_logprobs", "key", "logprob_texts", "logprobs", "message", "notify", "origin", "output_ids",
-        "probe", "prompt_ids", "prompt_tokens", "retractions", "sent", "texts", "vector", "weight_version",
+        "aborted", "arrived", "asked_rid", "attempt", "cached_tokens", "deaths", "due", "earlier_retractions", "finish",
+        "finished", "followers", "hidden", "index", "input_logprobs", "key", "logprob_texts", "logprobs", "message",
+        "notify", "origin", "output_ids", "probe", "prompt_ids", "prompt_tokens", "replays", "retractions", "sent",
+        "texts", "trials", "vector", "weight_version",
     )  # fmt: skip
 
     def __init__(
@@ -69,6 +73,11 @@ class Entry:
         self.probe = probe
         self.followers: list[Entry] = []
         self.sent = False
+        self.aborted = False
+        self.deaths = 0
+        self.trials = 0
+        self.replays = 0
+        self.earlier_retractions = 0
         self.arrived = time.perf_counter()
         self.finished = 0.0
         self.prompt_ids = b""
@@ -94,13 +103,17 @@ class Entry:
 
 
 class Journal:
-    """All entries in flight, by key. `send` puts a message on the ring."""
+    """All entries in flight, by key. `send` puts a message on the ring.
+
+    While a process is lost (`hold`), what is to be sent waits here until `release`.
+    """
 
     def __init__(self, send: Callable[[ToTokenizer], None]) -> None:
         self._send = send
         self._entries: dict[int, Entry] = {}
         self._rids: dict[str, Entry] = {}
         self._clients = 0
+        self._held: list[Entry] | None = None
         self.on_idle: Callable[[], None] | None = None
 
     def __len__(self) -> int:
@@ -123,11 +136,42 @@ class Journal:
         self.enter(entries)
         self._dispatch(entries)
 
+    def hold(self) -> None:
+        """Send nothing from now on."""
+        if self._held is None:
+            self._held = []
+
+    def release(self) -> tuple[list[Entry], list[Entry]]:
+        """Send again from now on. Returns the entries that were in flight and are to be replayed, and those that have
+        waited; all of them count as sent. What was being aborted has ended here."""
+        held, self._held = self._held or [], None
+        for entry in [entry for entry in self.sent() if entry.aborted]:
+            self.end(entry, _ABORTED)
+        lost = self.sent()
+        held = [entry for entry in held if entry.key in self._entries]
+        for entry in held:
+            entry.sent = True
+        return lost, held
+
+    def sent(self) -> list[Entry]:
+        """The entries that are somewhere in the ring."""
+        return [entry for entry in self._entries.values() if entry.sent]
+
+    def entry(self, key: int) -> Entry | None:
+        return self._entries.get(key)
+
+    def end(self, entry: Entry, finish: Finish) -> None:
+        """End an entry here and now."""
+        self._end(entry, finish, "scheduler")
+
     def abort(self, entries: Iterable[Entry]) -> None:
-        """Ask the scheduler to end `entries`; what was never sent ends here."""
+        """Ask the scheduler to end `entries`; what was never sent, or cannot be asked for now, ends here."""
         keys = []
         for entry in list(entries):
-            if entry.finish is None and entry.sent:
+            if entry.finish is None and entry.sent and self._held is not None:
+                self._end(entry, _ABORTED, "scheduler")
+            elif entry.finish is None and entry.sent:
+                entry.aborted = True
                 keys.append(entry.key)
             elif entry.finish is None:
                 self._end(entry, _ABORTED_WAITING, "scheduler")
@@ -138,7 +182,7 @@ class Journal:
         """Abort `entries` and drop them: nobody waits for them any more."""
         gone = [entry for entry in entries if self._drop(entry)]
         keys = [entry.key for entry in gone if entry.sent]
-        if keys:
+        if keys and self._held is None:
             self._send(Abort(keys))
 
     def match(self, prefix: str | None) -> list[Entry]:
@@ -159,7 +203,7 @@ class Journal:
 
     def accepted(self, message: Accepted) -> None:
         entry = self._entries.get(message.key)
-        if entry is not None and entry.attempt == message.attempt:
+        if entry is not None and entry.attempt == message.attempt and not entry.output_ids:
             entry.prompt_ids = message.input_ids
             entry.prompt_tokens = len(message.input_ids) // 4
 
@@ -177,15 +221,12 @@ class Journal:
                 continue
             if begun.texts:
                 entry.logprob_texts.update(begun.texts)
-            if begun.attempt == 0 or not entry.output_ids:
+            if not entry.output_ids:
                 entry.prompt_tokens = begun.prompt_tokens
                 entry.prompt_ids = entry.prompt_ids[: 4 * begun.prompt_tokens]  # the scheduler may have cut it
                 entry.cached_tokens = begun.cached_tokens
                 entry.input_logprobs = begun.input_logprobs
-        if step.retracted:
-            for key, times in step.retracted.items():
-                if key in entries:
-                    entries[key].retractions = times
+        retracted = step.retracted
         finished = step.finished
         logprobs = step.logprobs
         version = step.weight_version
@@ -197,6 +238,8 @@ class Journal:
                 continue
             if text:
                 entry.texts.append(text)
+            if retracted and key in retracted:
+                entry.retractions = entry.earlier_retractions + retracted[key]
             entry.weight_version = version
             output_ids = entry.output_ids
             if token >= 0:
@@ -226,6 +269,9 @@ class Journal:
             self._end(entry, _ANSWERED, "scheduler")
 
     def _dispatch(self, entries: Iterable[Entry]) -> None:
+        if self._held is not None:
+            self._held += entries
+            return
         for entry in entries:
             entry.sent = True
             self._send(entry.message)

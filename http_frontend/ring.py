@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 import zmq
 
-from engine.wire.lifecycle import Drain, Serving, ToLauncher, Warm
+from engine.wire.board import BEATS, Heart
+from engine.wire.lifecycle import Drain, FromLauncher, GiveUp, Lost, Serving, ToLauncher, Warm
 from engine.wire.sockets import Inbox, Outbox
 from engine.wire.to_detokenizer import Detokenize, ToDetokenizer
 from engine.wire.to_frontend import (
@@ -19,28 +20,33 @@ from engine.wire.to_frontend import (
     Ended,
     ExpertsRecorded,
     Flushed,
+    StartedOver,
     State,
     TextStep,
     ToFrontend,
     Tokenized,
     Vectors,
 )
-from engine.wire.to_scheduler import FlushCache, QueryState, RecordExperts
+from engine.wire.to_scheduler import FlushCache, QueryState, RecordExperts, StartOver
 from engine.wire.to_tokenizer import Tokenize, ToTokenizer
 from engine.wire.weights import Paused, WeightControl, WeightRows, WeightsUpdated
 from http_frontend.journal import Journal
+from http_frontend.replay import replayed
 
 log = logging.getLogger(__name__)
 
 Answer = Flushed | State | ExpertsRecorded | WeightsUpdated | WeightRows | Paused | Tokenized | Detokenized
 Question = Tokenize | FlushCache | QueryState | RecordExperts | WeightControl | Detokenize
+_KEYS_OF_A_LIFE = 1 << 30
+"""More than any frontend gives."""
+
 A = TypeVar("A", bound=Answer)
 
 
 class Ring:
     """All sockets of the frontend. To be made and used on one event loop.
 
-    on_scheduler: called after any message that the scheduler has caused. on_serving, on_drain: the launcher's word.
+    on_scheduler: called after any message that the scheduler has caused. on_launcher: called with the launcher's word.
     on_weights: called with what the scheduler says of the weights and of pauses, before the call that waits for it.
     on_failure: called when a message cannot be read or applied, which is a bug: nothing can be trusted any more.
     """
@@ -50,14 +56,17 @@ class Ring:
         self._tokenizer: Outbox[ToTokenizer] = Outbox(context, runtime_dir, "tokenizer")
         self._detokenizer: Outbox[ToDetokenizer] = Outbox(context, runtime_dir, "detokenizer")
         self._launcher: Outbox[ToLauncher] = Outbox(context, runtime_dir, "launcher")
-        self._waiting: dict[int, asyncio.Future[Answer]] = {}
-        # Keys must not repeat even when this process has died and come back: the other processes remember the old.
-        self._next_key = (time.time_ns() // 1_000_000) << 20
+        self._waiting: dict[int, tuple[Question, asyncio.Future[Answer]]] = {}
+        self._held = False
+        self._heart = Heart(runtime_dir, "frontend")
+        # Keys must not repeat even when this process has died and come back: the other processes remember the old. Nor
+        # may they fall when the clock is set back.
+        self._next_key = max(time.time_ns() // 1_000_000 << 20, self._heart.board.keys)
+        self._heart.board.keys = self._next_key + _KEYS_OF_A_LIFE
         self.journal = Journal(self._tokenizer.send)
         self.on_scheduler: Callable[[], None] = _ignore
-        self.on_serving: Callable[[Serving], None] = _ignore
-        self.on_drain: Callable[[Drain], None] = _ignore
-        self.on_weights: Callable[[WeightsUpdated | Paused], None] = _ignore
+        self.on_launcher: Callable[[FromLauncher], None] = _ignore
+        self.on_weights: Callable[[WeightsUpdated | Paused | StartedOver], None] = _ignore
         self.on_failure: Callable[[BaseException], None] = _ignore
 
     def next_key(self) -> int:
@@ -70,9 +79,11 @@ class Ring:
         self._loop = loop
         loop.add_reader(self._inbox.fileno(), self._read)
         loop.call_soon(self._read)
+        self._beat()
 
     def close(self) -> None:
         """Stop reading and close the sockets."""
+        self._beating.cancel()
         self._loop.remove_reader(self._inbox.fileno())
         self._inbox.close()
         for outbox in (self._tokenizer, self._detokenizer, self._launcher):
@@ -84,17 +95,54 @@ class Ring:
 
     def nudge(self) -> None:
         """Ask the scheduler for its state, for the sake of `on_scheduler` alone: nobody waits for the answer."""
-        self._tokenizer.send(QueryState(self.next_key()))
+        if not self._held:
+            self._tokenizer.send(QueryState(self.next_key()))
+
+    def hold(self) -> None:
+        """Send nothing from now on: a process is lost."""
+        self._held = True
+        self.journal.hold()
+
+    def start_over(self, paused: bool | None) -> None:
+        """Have the ring forget all that was asked of it until now, except questions."""
+        self._tokenizer.send(StartOver(self.next_key(), paused))
+
+    def release(self) -> int:
+        """Send again: what was in flight, as new attempts; what has waited; and the questions that nobody has answered.
+
+        Returns how many requests were in flight.
+        """
+        self._held = False
+        lost, fresh = self.journal.release()
+        questions = [question for question, future in self._waiting.values() if not future.done()]
+        messages = [*replayed(lost), *(entry.message for entry in fresh), *questions]
+        for message in sorted(messages, key=lambda message: message.key):  # keys grow: in the order of asking
+            self._send(message)
+        return len(lost)
+
+    def fail_questions(self, error: Exception) -> None:
+        """Answer every question that waits with `error`."""
+        for _, future in self._waiting.values():
+            if not future.done():
+                future.set_exception(error)
+
+    def _send(self, message: ToTokenizer | Detokenize) -> None:
+        if isinstance(message, Detokenize):
+            self._detokenizer.send(message)
+        else:
+            self._tokenizer.send(message)
+
+    def _beat(self) -> None:
+        self._heart.beat()
+        self._beating = self._loop.call_later(BEATS / 2, self._beat)
 
     async def ask(self, message: Question, answer: type[A]) -> A:
         """Send a control message and wait for its answer, as long as it takes."""
         future: asyncio.Future[Answer] = self._loop.create_future()
-        self._waiting[message.key] = future
+        self._waiting[message.key] = message, future
         try:
-            if isinstance(message, Detokenize):
-                self._detokenizer.send(message)
-            else:
-                self._tokenizer.send(message)
+            if not self._held:
+                self._send(message)
             reply = await future
         finally:
             del self._waiting[message.key]
@@ -134,15 +182,16 @@ class Ring:
             ):  # fmt: skip
                 if isinstance(message, WeightsUpdated | Paused):
                     self.on_weights(message)
-                future = self._waiting.get(message.key)
-                if future is not None and not future.done():
-                    future.set_result(message)
+                waiting = self._waiting.get(message.key)
+                if waiting is not None and not waiting[1].done():
+                    waiting[1].set_result(message)
                 if not isinstance(message, Tokenized | Detokenized):
                     self.on_scheduler()
-            case Serving():
-                self.on_serving(message)
-            case Drain():
-                self.on_drain(message)
+            case StartedOver():
+                self.on_weights(message)
+                self.on_scheduler()
+            case Serving() | Lost() | GiveUp() | Drain():
+                self.on_launcher(message)
 
 
 def _is_not_acceptance(message: ToFrontend) -> bool:

@@ -7,8 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from engine.wire.sockets import Outbox
-from engine.wire.to_detokenizer import ToDetokenizer
+from engine.config.run import ModelSource, Served, note_served
 from engine.wire.weights import (
     ContinueGeneration,
     Paused,
@@ -19,6 +18,7 @@ from engine.wire.weights import (
     WeightControl,
     WeightsUpdated,
 )
+from scheduler_proc.answers import Sender
 from scheduler_proc.planner import Planner
 from scheduler_proc.request import Request
 from scheduler_proc.weight_updates import Outcome, WeightUpdates
@@ -41,7 +41,7 @@ class Generation:
 
     planner: Planner
     requests: Mapping[int, Request]
-    outbox: Outbox[ToDetokenizer]
+    outbox: Sender
     weight_version: str
     updates: WeightUpdates | None = None
     paused_at: float | None = None
@@ -68,6 +68,7 @@ class Generation:
                 self._updates().reads.append(message)
             case SetWeightVersion(key, version):
                 self.weight_version = version
+                self._note(None)
                 self._tell(key, f"Weight version updated to {version}")
             case PauseGeneration(key, mode):
                 self._pause(mode)
@@ -92,6 +93,23 @@ class Generation:
                 self._end(outcome)
         for answer in updates.read():
             self.outbox.send(answer)
+
+    def set_paused(self, paused: bool) -> None:
+        """Pause or go on as a scheduler before this one did."""
+        if paused and self.paused_at is None:
+            self._pause("in_place")
+        elif not paused:
+            self._continue()
+
+    def _note(self, source: ModelSource | None) -> None:
+        """Note what serves from now on, before anybody hears of it: a scheduler after this one begins with it."""
+        if self.updates is None:
+            return
+        weights = self.updates.weights
+        if source is not None:
+            weights.moved = source
+        if weights.launch.runtime_dir:
+            note_served(weights.launch.runtime_dir, Served(source=weights.moved, weight_version=self.weight_version))
 
     def _updates(self) -> WeightUpdates:
         assert self.updates is not None, "this scheduler has no weights to update"
@@ -135,6 +153,8 @@ class Generation:
         if update.weight_version is not None:
             self.weight_version = update.weight_version
             message += f" Weight version updated to {update.weight_version}."
+        assert self.updates is not None
+        self._note(self.updates.weights.serving.source)
         if update.keep_pause and self.paused_at is None:
             self.paused_at = time.monotonic()
         self._tell(update.key, message, model_path=update.model_path)

@@ -6,6 +6,7 @@ import gc
 import logging
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -51,8 +52,10 @@ class Engine:
     limits: Limits
 
 
-def load_engine(config: RunConfig, *, started: float) -> Engine:
-    """Load the weights, size and allocate the pool. `started`: time.monotonic() at the start of the process."""
+def load_engine(config: RunConfig, *, started: float, beat: Callable[[], None] = lambda: None) -> Engine:
+    """Load the weights, size and allocate the pool. `started`: time.monotonic() at the start of the process. `beat`:
+    called again and again, as a sign of life.
+    """
     server = config.server
     seconds = {"imports": time.monotonic() - started}
     backend = open_backend(server.cpu_isa, server.cpu_threads)
@@ -64,7 +67,9 @@ def load_engine(config: RunConfig, *, started: float) -> Engine:
     check_fits(model.weight_bytes, available)
     mark = time.monotonic()
     checkpoint = launched_checkpoint(config)
-    fill_weights(model, config, model_config)
+    beat()
+    fill_weights(model, config, model_config, beat)
+    beat()
     seconds["weights"] = time.monotonic() - mark
     mark = time.monotonic()
     kv_dtype = dtype if server.kv_cache_dtype == "auto" else DTYPES[server.kv_cache_dtype]
@@ -111,7 +116,9 @@ def step_budget(server: ServerConfig) -> int:
     return min(WHOLE_STEP, server.max_prefill_tokens) if given is None or given < 0 else given
 
 
-def fill_weights(model: Model, config: RunConfig, model_config: ModelConfig) -> None:
+def fill_weights(
+    model: Model, config: RunConfig, model_config: ModelConfig, beat: Callable[[], None] = lambda: None
+) -> None:
     """Read the checkpoint into the model, with a progress bar where a person is watching."""
     if config.server.load_format == "dummy":
         random_weights(model.places, seed=config.server.random_seed or 0)
@@ -122,6 +129,7 @@ def fill_weights(model: Model, config: RunConfig, model_config: ModelConfig) -> 
     ) as bar:
 
         def advance(done: int, total: int) -> None:
+            beat()
             bar.total = total
             bar.update(done - bar.n)
 

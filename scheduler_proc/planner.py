@@ -80,14 +80,14 @@ class Planner:
         self.memory.begin_step()
         plan: list[Extend] = []
         hopeless: list[Request] = []
-        for request in [r for r in self.running if r.outstanding == 1]:
+        for request in [r for r in self.running if r.outstanding == 1 and not r.trial]:
             self._extend(request, 1, plan, hopeless)
         budget = self.limits.prefill_budget
         most = self.limits.max_prefills or len(self.running) + len(self.waiting)
         decodes = len(plan)
         # Sorting the queue costs milliseconds when it is long; while every place is taken nobody can be admitted.
         order = iter(self._policy_order() if len(self.running) < self.limits.max_running else [])
-        prefilling = iter([r for r in self.running if r.outstanding > 1])
+        prefilling = iter([r for r in self.running if r.outstanding > 1 and not r.trial])
         while budget > 0 and len(plan) - decodes < most:
             candidate = next(prefilling, None) or self._admit(order, plan)
             if candidate is None:
@@ -95,6 +95,21 @@ class Planner:
             count = self._chunk(candidate, budget, first=len(plan) == decodes)
             if count and self._extend(candidate, count, plan, hopeless):
                 budget -= count
+        return plan, hopeless
+
+    def plan_alone(self, request: Request) -> tuple[list[Extend], list[Request]]:
+        """As `plan`, of `request` alone; the plan is empty while there is no place for it."""
+        self.memory.begin_step()
+        plan: list[Extend] = []
+        hopeless: list[Request] = []
+        candidate: Request | None = request
+        if request not in self.running:
+            may_begin = request.begun or not self.hold
+            full = len(self.running) >= self.limits.max_running
+            candidate = self._admit(iter([request]), plan) if may_begin and not full else None
+        if candidate is not None:
+            count = self._chunk(candidate, self.limits.prefill_budget, first=True)
+            self._extend(candidate, count, plan, hopeless)
         return plan, hopeless
 
     def preempt(self, request: Request) -> None:
@@ -182,7 +197,7 @@ class Planner:
 
     def _policy_order(self) -> list[Request]:
         """The waiting requests in the order in which they are to be admitted."""
-        order = [r for r in self.waiting if r.begun] if self.hold else list(self.waiting)
+        order = [r for r in self.waiting if not r.trial and (r.begun or not self.hold)]
         if self.limits.longest_prefix_first:
             overdue = time.monotonic() - self.limits.max_wait
             late = [r for r in order if r.arrived_at < overdue]

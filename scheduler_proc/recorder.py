@@ -179,3 +179,22 @@ def recorder_settings(server: ServerConfig, model: ModelConfig) -> RecorderSetti
         layers=() if moe is None else tuple(n for n, sparse in enumerate(moe.sparse_layers) if sparse),
         experts=0 if moe is None else moe.num_experts,
     )
+
+
+def obey(recorder: Recorder | None, action: str) -> str | None:
+    """Start, stop or dump. Returns why it could not be done."""
+    if recorder is None:
+        return "the expert distribution is not recorded: --expert-distribution-recorder-mode is not set"
+    match action:
+        case "start":
+            recorder.start()
+        case "stop":
+            recorder.stop()
+        case _:
+            try:
+                recorder.dump(rank=0)
+            except OSError as error:
+                logger.exception("The expert distribution cannot be written")
+                folder = recorder.settings.folder
+                return f"the expert distribution cannot be written to {str(folder)!r}: {error.strerror}"
+    return None

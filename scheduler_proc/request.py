@@ -38,6 +38,7 @@ class Request:
     slots: int32 buffer; the first `computed` hold the slots of tokens whose KV is in the pool. The radix tree
     owns the first `tree_owned` of them (path locked at `node`), the request the rest.
     number: order of arrival; the youngest has the largest.
+    trial: so many tokens it must make alone before it may join others (`trials.py`).
     """
 
     admit: Admit
@@ -54,6 +55,7 @@ class Request:
     cached_tokens: int = -1
     opened: bool = False
     retractions: int = 0
+    trial: int = 0
     prompt_logprobs: PromptLogprobs | None = None
     output_counts: dict[int, int] | None = None
     arrived_at: float = field(default_factory=time.monotonic)
@@ -65,8 +67,14 @@ class Request:
 
     @property
     def begun(self) -> bool:
-        """Whether it has ever been admitted: something of it has been computed, though perhaps not delivered."""
-        return self.cached_tokens >= 0
+        """Whether it has ever been admitted, by this attempt or an earlier one that has delivered output: something of
+        it has been computed, though perhaps not delivered."""
+        return self.cached_tokens >= 0 or self.generated > 0
+
+    @property
+    def delivered(self) -> bool:
+        """Whether something of it has gone out, by this attempt or an earlier one."""
+        return self.opened or self.generated > 0
 
     @property
     def generated(self) -> int:

@@ -11,20 +11,33 @@ import msgspec
 
 from engine.checkpoints.task import Task
 from engine.kernels.table import Backend
+from engine.wire.board import BEATS, Heart
 from engine.wire.results import Finish
-from engine.wire.sockets import Inbox, Outbox
-from engine.wire.to_detokenizer import NO_TOKEN, ToDetokenizer
-from engine.wire.to_frontend import Ended, ExpertsRecorded, Flushed, State
-from engine.wire.to_scheduler import Abort, Admit, FlushCache, QueryState, RecordExperts, StopSeen, ToScheduler
+from engine.wire.sockets import Inbox
+from engine.wire.to_detokenizer import NO_TOKEN
+from engine.wire.to_frontend import Ended, ExpertsRecorded, Flushed, StartedOver, State
+from engine.wire.to_scheduler import (
+    Abort,
+    Admit,
+    FlushCache,
+    QueryState,
+    RecordExperts,
+    StartOver,
+    StopSeen,
+    ToScheduler,
+)
 from engine.wire.weights import PauseGeneration, WeightControl
+from scheduler_proc.answers import Answers
 from scheduler_proc.generation import Generation
 from scheduler_proc.kv_memory import InvariantError
 from scheduler_proc.outputs import StepRows
 from scheduler_proc.planner import Extend, Planner
+from scheduler_proc.recorder import obey
 from scheduler_proc.request import Request, new_request
 from scheduler_proc.runner import Runner
 from scheduler_proc.sampler import SampledRow, sample
 from scheduler_proc.statistics import Statistics
+from scheduler_proc.trials import Trials
 from scheduler_proc.vectors import is_finite, vectors_message
 from scheduler_proc.weight_updates import WeightUpdates
 
@@ -67,7 +80,7 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
 class Scheduler:
     """updates: None where there are no weights to be updated. first_version: of the weights that serve at first.
 
-    generation: whether steps may be computed, and with which weights.
+    generation: whether steps may be computed, and with which weights. heart: None where nobody listens.
     """
 
     settings: SchedulerSettings
@@ -75,16 +88,19 @@ class Scheduler:
     runner: Runner
     backend: Backend
     inbox: Inbox[ToScheduler]
-    outbox: Outbox[ToDetokenizer]
+    outbox: Answers
     statistics: Statistics
     requests: dict[int, Request] = field(default_factory=dict)
     flushes: list[tuple[FlushCache, float]] = field(default_factory=list)
     arrivals: int = 0
     updates: WeightUpdates | None = None
     first_version: str = "default"
+    heart: Heart | None = None
+    trials: Trials = field(init=False)
     generation: Generation = field(init=False)
 
     def __post_init__(self) -> None:
+        self.trials = Trials(self.planner, self.requests, self.heart.board if self.heart else None)
         self.generation = Generation(self.planner, self.requests, self.outbox, self.first_version, self.updates)
 
     @property
@@ -95,11 +111,17 @@ class Scheduler:
     def loop(self) -> None:
         """Serve until the process is ended."""
         while True:
+            self._beat()
             if not self.requests or self.generation.halted:
                 self._rest()
             for message in self.inbox.drain():
-                self.handle(message)
+                if not self.outbox.known(message):
+                    self.handle(message)
             self.turn()
+
+    def _beat(self) -> None:
+        if self.heart is not None:
+            self.heart.beat()
 
     def turn(self) -> None:
         """One round of the loop: what is due between steps, and a step if there is anything to compute."""
@@ -114,7 +136,8 @@ class Scheduler:
             self.inbox.wait(PATIENCE)
         else:
             self.idle()
-            self.inbox.wait(None)
+            while not self.inbox.wait(BEATS):
+                self._beat()
 
     def idle(self) -> None:
         """What is done each time the last request has left."""
@@ -131,16 +154,18 @@ class Scheduler:
                 self._admit(message)
             case Abort(keys):
                 self._abort(keys)
-            case StopSeen(keys):
-                for key in keys:
-                    if key in self.requests:
+            case StopSeen(keys, attempts):
+                for key, attempt in zip(keys, attempts, strict=True):
+                    if key in self.requests and self.requests[key].admit.attempt == attempt:
                         self._drop(self.requests[key])
+            case StartOver():
+                self._start_over(message)
             case FlushCache(_, timeout):
                 self.flushes.append((message, time.monotonic() + timeout))
             case QueryState(key):
                 self.outbox.send(State(key, self.state()))
             case RecordExperts(key, action):
-                self.outbox.send(ExpertsRecorded(key, self._record_experts(action)))
+                self.outbox.send(ExpertsRecorded(key, obey(self.runner.recorder, action)))
             case _:
                 self._control(message)
 
@@ -153,7 +178,7 @@ class Scheduler:
         """Plan and run one step, and send what it produced."""
         rows = StepRows()
         self._expire(rows)
-        plan, hopeless = self.planner.plan()
+        plan, hopeless = self.trials.plan()
         for request in hopeless:
             del self.requests[request.key]
             rows.add(request, finish=Finish("abort", message=OUT_OF_MEMORY, status=500))
@@ -170,8 +195,16 @@ class Scheduler:
                 for request, row in zip(requests, sampled, strict=True):
                     self._emit(request, row, rows)
                 self.statistics.step(plan, len(sampled), time.perf_counter() - started, self.planner)
+        self.trials.end_step()
         if rows.keys:
             self.outbox.send(rows.message(self.weight_version))
+
+    def _start_over(self, message: StartOver) -> None:
+        for request in [r for r in self.requests.values() if r.key < message.before]:
+            self._drop(request)
+        if message.paused is not None:
+            self.generation.set_paused(message.paused)
+        self.outbox.send(StartedOver(message.before, self.generation.paused, self.weight_version))
 
     def state(self) -> dict[str, Any]:
         """The scheduler's part of `/server_info`, and the counts that health and load routes need."""
@@ -186,26 +219,12 @@ class Scheduler:
             "num_retractions": self.planner.preemptions,
         }
 
-    def _record_experts(self, action: str) -> str | None:
-        """Returns why it could not be done."""
-        recorder = self.runner.recorder
-        if recorder is None:
-            return "the expert distribution is not recorded: --expert-distribution-recorder-mode is not set"
-        match action:
-            case "start":
-                recorder.start()
-            case "stop":
-                recorder.stop()
-            case _:
-                try:
-                    recorder.dump(rank=0)
-                except OSError as error:
-                    logger.exception("The expert distribution cannot be written")
-                    folder = recorder.settings.folder
-                    return f"the expert distribution cannot be written to {str(folder)!r}: {error.strerror}"
-        return None
-
     def _admit(self, admit: Admit) -> None:
+        older = self.requests.get(admit.key)
+        if older is not None:
+            if admit.attempt <= older.admit.attempt:
+                return  # it was still on its way when it was replayed
+            self._drop(older)
         prompt_length = len(admit.input_ids) // 4
         limit = self.settings.max_input
         if prompt_length >= limit:
@@ -227,6 +246,7 @@ class Scheduler:
             return
         self.arrivals += 1
         request = new_request(admit, self.arrivals, self.settings.longest)
+        self.trials.enter(request)
         if not self._enqueue(request):
             self._refuse(admit, QUEUE_FULL, 503)
 
@@ -235,11 +255,12 @@ class Scheduler:
         waiting = self.planner.waiting
         most = self.settings.max_queued
         # While nothing is computed the queue may grow: nobody is to see an error through a pause.
-        if most is not None and len(waiting) >= most and not self.generation.paused:
+        replayed = request.admit.attempt > 0  # it has had its place already
+        if most is not None and len(waiting) >= most and not self.generation.paused and not replayed:
             if not self.planner.limits.priorities:
                 return False
             # A preempted request that has produced something already keeps its place: its client reads it.
-            unopened = [r for r in waiting if not r.opened]
+            unopened = [r for r in waiting if not r.delivered]
             if not unopened:
                 return False
             last = max(unopened, key=lambda r: (self.planner.urgency(r), r.number))
@@ -256,7 +277,7 @@ class Scheduler:
     def _abort(self, keys: list[int]) -> None:
         rows = StepRows()
         for request in [self.requests[key] for key in dict.fromkeys(keys) if key in self.requests]:
-            if request in self.planner.waiting and not request.opened:
+            if request in self.planner.waiting and not request.delivered:
                 self._end_waiting(request, Finish("abort", message="Abort in waiting queue"))
             else:
                 self._drop(request)
@@ -281,7 +302,7 @@ class Scheduler:
         """End requests that have waited or run longer than allowed."""
         now = time.monotonic()
         if self.settings.waiting_timeout is not None:
-            for request in [r for r in self.planner.waiting if not r.opened]:
+            for request in [r for r in self.planner.waiting if not r.delivered]:
                 if now - request.arrived_at > self.settings.waiting_timeout:
                     message = "Request waiting timeout reached."
                     self._end_waiting(request, Finish("abort", message=message, status=503))

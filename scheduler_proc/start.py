@@ -12,9 +12,11 @@ import zmq
 from engine.checkpoints.errors import CheckpointError
 from engine.config import ConfigError, RunConfig
 from engine.config.environment import switch, time_limit
+from engine.wire.board import Heart
 from engine.wire.process import arguments, begin, report_ready
 from engine.wire.sockets import Inbox, Outbox
 from engine.wire.to_scheduler import ToScheduler
+from scheduler_proc.answers import Answers
 from scheduler_proc.kv_memory import KvMemory
 from scheduler_proc.load import Engine, load_engine, longest_request
 from scheduler_proc.memory import Memory
@@ -41,8 +43,9 @@ def main(started: float) -> None:
     config = begin(options.config, f"scheduler tp{options.rank}")
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     inbox: Inbox[ToScheduler] = Inbox(context, config.runtime_dir, NAME, ToScheduler)
+    heart = Heart(config.runtime_dir, NAME)
     try:
-        engine = load_engine(config, started=started)
+        engine = load_engine(config, started=started, beat=heart.beat)
         loop_settings = settings(config, engine, started)
     except (CheckpointError, ConfigError) as error:
         sys.exit(f"error: {error}")
@@ -52,11 +55,15 @@ def main(started: float) -> None:
         runner=Runner(engine.program, engine.backend, recorder(config, engine)),
         backend=engine.backend,
         inbox=inbox,
-        outbox=Outbox(context, config.runtime_dir, "detokenizer"),
+        outbox=Answers(Outbox(context, config.runtime_dir, "detokenizer")),
         statistics=Statistics(config.server.decode_log_interval),
-        updates=WeightUpdates(Weights(engine.model, engine.checkpoint, config)),
+        updates=WeightUpdates(
+            Weights(engine.model, engine.checkpoint, config, moved=config.model if config.launched else None)
+        ),
         first_version=config.server.weight_version,
+        heart=heart,
     )
+    heart.beat()
     report_ready(context, config, NAME, engine.limits)
     try:
         scheduler.loop()

@@ -76,6 +76,7 @@ def launched_checkpoint(config: RunConfig) -> Checkpoint:
 @dataclass(slots=True)
 class Weights:
     """model: whose places are filled from `serving`. launch: the configuration of the launch.
+    moved: the checkpoint that serves, if it is not that of the launch.
 
     `prepare` may run while steps are computed, `replace` may not.
     """
@@ -84,6 +85,7 @@ class Weights:
     serving: Checkpoint
     launch: RunConfig
     seconds: dict[str, float] = field(default_factory=dict)
+    moved: ModelSource | None = None
 
     def prepare(self, model_path: str, load_format: str | None) -> Prepared:
         """Find a checkpoint, open it and make sure that it fits. Raises RefusedUpdateError."""
@@ -165,6 +167,8 @@ class Weights:
 
     def _locate(self, model_path: str) -> ModelSource:
         """As at the launch; what was launched is known by its name, the bundled model also by its plain one."""
+        if (known := self.launch.launched.get(model_path)) is not None:
+            return msgspec.structs.replace(known, name=model_path)
         launched, server = self.launch.model, self.launch.server
         plain = server.served_model_name if is_bundled(launched) else None
         if model_path in (launched.name, plain):

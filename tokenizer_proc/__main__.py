@@ -11,6 +11,7 @@ from engine.checkpoints.errors import CheckpointError
 from engine.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from engine.config import ConfigError, RunConfig
 from engine.config.environment import count_limit
+from engine.wire.board import BEATS, Heart
 from engine.wire.process import arguments, begin, report_ready
 from engine.wire.sockets import Inbox, Outbox
 from engine.wire.to_frontend import Ended, ToFrontend
@@ -32,12 +33,15 @@ def main() -> None:
     inbox: Inbox[ToTokenizer] = Inbox(context, config.runtime_dir, "tokenizer", ToTokenizer)
     frontend: Outbox[ToFrontend] = Outbox(context, config.runtime_dir, "frontend")
     scheduler: Outbox[ToScheduler] = Outbox(context, config.runtime_dir, "scheduler")
+    heart = Heart(config.runtime_dir, "tokenizer")
     gc.collect()
     gc.freeze()  # what is loaded now lives until the end: the collector need not look at it again
     report_ready(context, config, "tokenizer")
     while True:
-        inbox.wait(None)
+        heart.beat()
+        inbox.wait(BEATS)
         for message in inbox.drain():
+            heart.beat()
             if isinstance(message, Generate | Embed | Judge):
                 outcome = admit(message, tokenizer, bounds)
                 if isinstance(outcome, Ended):

@@ -34,6 +34,7 @@ def question(message: Judge, tokenizer: Tokenizer | None, bounds: Bounds) -> Gen
         text_options=TextOptions(),
         logprobs=LogprobOptions(ids=[_answer_id(tokenizer, word) for word in ("yes", "no")]),
         priority=message.priority,
+        suspect=message.suspect,
     )
 
 

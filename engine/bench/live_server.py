@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +47,10 @@ def running_server(
     model: str | Path | None = None,
     env: Mapping[str, str] | None = None,
     start_timeout: float = START_TIMEOUT,
+    program: Sequence[str] = ("-m", "engine", "serve"),
 ) -> Iterator[LiveServer]:
     """Serve `model` (None: the bundled default) on a free port with `flags`, and with `env` added to the environment.
+    program: what Python runs.
 
     Raises BenchError with the log when the server does not come up within `start_timeout` seconds. When the body has
     ended without an error, so must the server on SIGTERM: with exit code 0 and none of its processes left, unless the
@@ -59,7 +61,7 @@ def running_server(
         log_path = Path(folder) / "log"
         with log_path.open("wb") as log:
             launcher = subprocess.Popen(
-                [sys.executable, "-P", "-m", "engine", "serve", *words],
+                [sys.executable, "-P", *program, *words],
                 env=child_environment() | dict(env or {}), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log,
             )  # fmt: skip
         try:

@@ -97,8 +97,6 @@ NOT_YET_FLAGS: tuple[tuple[Kind, str, str], ...] = (
     ("int", "--log-requests-level", "request logs"),
     ("str", "--log-requests-format", "request logs"),
     ("strs", "--log-requests-target", "request logs"),
-    ("float", "--watchdog-timeout", "the watchdog"),
-    ("float", "--soft-watchdog-timeout", "the watchdog"),
     ("str", "--speculative-algorithm", "speculative decoding"),
     ("str", "--speculative-draft-model-path", "speculative decoding"),
     ("int", "--speculative-num-steps", "speculative decoding"),

@@ -10,6 +10,8 @@ import msgspec
 
 from engine.config.server import ServerConfig
 
+_SERVED = "served.json"
+
 
 class ModelSource(msgspec.Struct, frozen=True, kw_only=True):
     """Where a checkpoint lies on this machine.
@@ -71,6 +73,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True):
     launcher_pid: a process whose parent is not this pid has been orphaned and must end.
     launch_command: the command line as typed, for `/server_info`.
     epoch: generation of the process tree; grows each time a process is replaced.
+    launched: names under which the checkpoint of the launch is known, once another one serves (`Served`).
     progress_bar: a person watches the terminal while weights load.
     """
 
@@ -84,15 +87,65 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True):
     started_at: float
     epoch: int = 0
     progress_bar: bool = False
+    launched: dict[str, ModelSource] = {}
+
+
+class Served(msgspec.Struct, frozen=True, kw_only=True):
+    """The weights that serve, where they are not those of the launch any more. source: None: still the launch's."""
+
+    source: ModelSource | None
+    weight_version: str
 
 
 def write_run_config(config: RunConfig, path: Path) -> None:
     """Write `config` as JSON to `path`, readable by the user alone (it may hold API keys)."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(msgspec.json.encode(config))
+    _write_whole(path, msgspec.json.encode(config))
 
 
 def read_run_config(path: Path) -> RunConfig:
-    """Read what `write_run_config` wrote. Raises `msgspec.ValidationError` on a file that is not one."""
-    return msgspec.json.decode(path.read_bytes(), type=RunConfig)
+    """Read what `write_run_config` wrote, with the weights that serve by now (`note_served`).
+
+    Raises `msgspec.ValidationError` on a file that is not one.
+    """
+    run = msgspec.json.decode(path.read_bytes(), type=RunConfig)
+    try:
+        served = msgspec.json.decode((path.parent / _SERVED).read_bytes(), type=Served)
+    except FileNotFoundError:
+        return run
+    return with_served(run, served)
+
+
+def note_served(runtime_dir: str, served: Served) -> None:
+    """Note what weights serve from now on, for whoever is started after this."""
+    _write_whole(Path(runtime_dir) / _SERVED, msgspec.json.encode(served))
+
+
+def with_served(run: RunConfig, served: Served) -> RunConfig:
+    """`run` under the weights that serve: they go by their new name everywhere; the tokenizer is the launch's all
+    along."""
+    server = msgspec.structs.replace(run.server, weight_version=served.weight_version)
+    source = served.source
+    if source is None:
+        return msgspec.structs.replace(run, server=server)
+    names = [name for name in (run.model.name, run.server.served_model_name) if name]
+    return msgspec.structs.replace(
+        run,
+        model=source,
+        launched=run.launched or dict.fromkeys(names, run.model),
+        server=msgspec.structs.replace(
+            server,
+            model_path=source.name,
+            served_model_name=source.name,
+            tokenizer_path=run.server.tokenizer_path or run.model.name,
+            load_format="auto",
+        ),
+    )
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write a private file that nobody ever finds half written."""
+    fresh = path.with_name(path.name + ".new")
+    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+    fresh.replace(path)

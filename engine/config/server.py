@@ -182,4 +182,14 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         list[str], Flag("path prefixes that are not access-logged", metavar="PREFIX")
     ] = []
     decode_log_interval: Annotated[int, Flag("decode steps between throughput log lines", minimum=1)] = 40
+    watchdog_timeout: Annotated[
+        float, Flag("seconds without a sign of life after which a process counts as hung and is replaced")
+    ] = 300.0
+    soft_watchdog_timeout: Annotated[
+        float | None, Flag("seconds without a sign of life after which a process is only reported")
+    ] = None
+    max_restarts: Annotated[
+        int, Flag("deaths of processes within --restart-window that are survived; beyond it the server ends", minimum=0)
+    ] = 5
+    restart_window: Annotated[float, Flag("seconds in which deaths are counted", minimum=1)] = 300.0
     drain_timeout: Annotated[float, Flag("seconds that running requests get after SIGTERM", minimum=0)] = 30.0

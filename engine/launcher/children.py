@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import time
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,12 +46,17 @@ PROGRAMS = (
 
 @dataclass
 class Child:
-    """A process that was started. Both its stdout and stderr go into `output`, a pipe read without blocking."""
+    """A process that was started. Both its stdout and stderr go into `output`, a pipe read without blocking.
+
+    started: time.monotonic() then. hung: it was killed here, since it had stopped to show signs of life.
+    """
 
     program: Program
     process: subprocess.Popen[bytes]
     output: int
     tail: deque[str] = field(default_factory=lambda: deque(maxlen=TAIL_LINES))
+    started: float = field(default_factory=time.monotonic)
+    hung: bool = False
     _unfinished: bytes = b""
 
     def read(self) -> tuple[bytes, bool]:
@@ -74,7 +80,9 @@ class Child:
         """How it ended, which must have happened: `scheduler tp0 (pid 7) was killed by SIGKILL`."""
         code = self.process.returncode
         how = f"exited with code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
-        if code == -signal.SIGKILL:
+        if self.hung:
+            how = "hung and was killed"
+        elif code == -signal.SIGKILL:
             how += " (by someone, or by the system because memory ran out)"
         return f"{self.program.title} (pid {self.process.pid}) {how}"
 

@@ -14,20 +14,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+import msgspec
 import zmq
 
-from engine.config import RunConfig
+from engine.config import RunConfig, write_run_config
 from engine.config.environment import switch
 from engine.launcher.children import Child, Program, start_child
 from engine.launcher.notify import Notifier
+from engine.launcher.restarts import Restarts
 from engine.launcher.signals import arrived
-from engine.wire.lifecycle import Drain, FromLauncher, Limits, Ready, Serving, ToLauncher, Warm
+from engine.launcher.watchdog import Watchdog
+from engine.wire.board import Board
+from engine.wire.lifecycle import Drain, FromLauncher, GiveUp, Limits, Lost, Ready, Serving, ToLauncher, Warm
 from engine.wire.sockets import Inbox, Outbox
 
 log = logging.getLogger(__name__)
 
 DRAIN_MARGIN = 5.0
 """Seconds beyond --drain-timeout after which the frontend is ended though it has not finished."""
+GIVE_UP_GRACE = 7.0
+"""Seconds that the frontend gets to fail what is in flight when processes have died too often."""
 END_GRACE = 3.0
 """Seconds between SIGTERM and SIGKILL."""
 
@@ -37,21 +43,31 @@ class Tree:
     """One launch under way.
 
     url: where it serves. began: time.monotonic() at its start. force_shutdown: a signal ends it without a drain.
+    due: dead programs, and when (time.monotonic()) they are started again. limits: of the newest scheduler.
+    giving_up_until: processes have died too often, and the frontend has until then to say so to its clients.
     socket_passed: the listening socket is the service manager's, and outlives this server.
     """
 
     run: RunConfig
+    config_file: Path
+    listener: socket.socket
     url: str
     began: float
     signals: socket.socket
     inbox: Inbox[ToLauncher]
     frontend: Outbox[FromLauncher]
+    board: Board
+    watchdog: Watchdog
+    restarts: Restarts
     selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
     children: list[Child] = field(default_factory=list)
+    due: dict[Program, float] = field(default_factory=dict)
     ready: dict[str, Ready] = field(default_factory=dict)
+    limits: Limits | None = None
     force_shutdown: bool = False
     warm: bool = False
     drain_until: float | None = None
+    giving_up_until: float | None = None
     grace: float = END_GRACE
     notifier: Notifier = field(default_factory=Notifier)
     socket_passed: bool = False
@@ -64,23 +80,25 @@ def supervise(
 ) -> int:  # fmt: skip
     """Start `programs` and see them through; returns the exit code, when none of them is left.
 
-    0: a signal has ended the server. 1: a process died. Raises ConfigError for a bad setting of the environment.
+    0: a signal has ended the server. 1: a process died before the server was ready, or too many did since.
+    Raises ConfigError for a bad setting of the environment.
     """
+    board, server = Board(run.runtime_dir), run.server
     tree = Tree(
-        run, url, began, signals, Inbox(context, run.runtime_dir, "launcher", ToLauncher),
-        Outbox(context, run.runtime_dir, "frontend"), force_shutdown=switch("FORCE_SHUTDOWN"),
+        run, config_file, listener, url, began, signals, Inbox(context, run.runtime_dir, "launcher", ToLauncher),
+        Outbox(context, run.runtime_dir, "frontend"), board,
+        Watchdog(board, server.watchdog_timeout, server.soft_watchdog_timeout),
+        Restarts(server.max_restarts, server.restart_window), force_shutdown=switch("FORCE_SHUTDOWN"),
         notifier=notifier, socket_passed=socket_passed,
     )  # fmt: skip
     tree.selector.register(signals, selectors.EVENT_READ)
     tree.selector.register(tree.inbox.fileno(), selectors.EVENT_READ)
     try:
         for program in programs:
-            child = start_child(program, config_file, listener)
-            tree.children.append(child)
-            tree.selector.register(child.output, selectors.EVENT_READ, child)
+            _start(tree, program)
         code = _look(tree)
         while code is None:
-            _wait(tree, tree.notifier.beat(tree.drain_until))
+            _wait(tree, tree.notifier.beat(_next_look(tree)))
             code = _look(tree)
         return code
     finally:
@@ -88,6 +106,20 @@ def supervise(
         tree.frontend.close(linger_ms=0)
         tree.inbox.close()
         tree.selector.close()
+        board.close()
+
+
+def _start(tree: Tree, program: Program) -> None:
+    tree.board.silence(program.name)
+    child = start_child(program, tree.config_file, tree.listener)
+    tree.children.append(child)
+    tree.selector.register(child.output, selectors.EVENT_READ, child)
+
+
+def _next_look(tree: Tree) -> float:
+    """When (time.monotonic()) there may be something to do though nothing has arrived."""
+    until = time.monotonic() + tree.watchdog.interval
+    return min([until, *tree.due.values(), *filter(None, (tree.drain_until, tree.giving_up_until))])
 
 
 def _wait(tree: Tree, until: float | None) -> None:
@@ -105,10 +137,16 @@ def _look(tree: Tree) -> int | None:
     for number in stops:
         if _stop(tree, number):
             return 0
+    _kill_hung(tree)
     ended = [child for child in tree.children if child.process.poll() is not None]
-    if ended:
+    if tree.giving_up_until is not None:
+        return _go_on_giving_up(tree, ended)
+    if ended and (not tree.warm or tree.drain_until is not None):
         drained = tree.drain_until is not None and _is_drained(ended)
         return 0 if drained else _report_deaths(tree, ended)
+    for child in ended:
+        _replace(tree, child)
+    _start_what_is_due(tree)
     if tree.drain_until is not None and time.monotonic() >= tree.drain_until:
         log.warning("the frontend has not finished in time; requests in flight are cut off")
         return 0
@@ -117,13 +155,24 @@ def _look(tree: Tree) -> int | None:
 
 def _hear(tree: Tree, message: ToLauncher) -> None:
     match message:
-        case Ready(process, pid):
-            log.info("%s (pid %d) is ready after %.2f s", process, pid, time.monotonic() - tree.began)
+        case Ready(process, pid, limits):
+            child = next((child for child in tree.children if child.process.pid == pid), None)
+            if child is None:
+                return  # it has died since
+            log.info("%s (pid %d) is ready after %.2f s", process, pid, time.monotonic() - child.started)
             tree.ready[process] = message
-            limits = next((ready.limits for ready in tree.ready.values() if ready.limits is not None), None)
-            if limits is not None and all(child.program.name in tree.ready for child in tree.children):
-                tree.frontend.send(Serving(tree.run.epoch, limits))
-                _log_limits(tree.run, limits)
+            tree.limits = limits or tree.limits
+            if (
+                tree.limits is not None
+                and not tree.due
+                and all(child.program.name in tree.ready for child in tree.children)
+            ):
+                tree.frontend.send(Serving(tree.run.epoch, tree.limits))
+                if tree.warm:
+                    tree.notifier.status(_serving(tree))
+                _log_limits(tree.run, tree.limits)
+        case Warm() if tree.warm:
+            log.info("the frontend serves again")
         case Warm():
             tree.warm = True
             log.info("The server is fired up and ready to roll!")
@@ -132,7 +181,11 @@ def _hear(tree: Tree, message: ToLauncher) -> None:
             lines = [f"Tokenmill serves {tree.run.server.served_model_name} on {tree.url}"]
             lines += [f"  {title}: pid {pid}" for title, pid in pids.items()]
             _write(sys.stdout, "".join(f"{line}\n" for line in lines).encode())
-            tree.notifier.ready(f"serving {tree.run.server.served_model_name} on {tree.url}")
+            tree.notifier.ready(_serving(tree))
+
+
+def _serving(tree: Tree) -> str:
+    return f"serving {tree.run.server.served_model_name} on {tree.url}"
 
 
 def _log_limits(run: RunConfig, limits: Limits) -> None:
@@ -165,6 +218,80 @@ def _stop(tree: Tree, number: signal.Signals) -> bool:
 def _is_drained(ended: list[Child]) -> bool:
     """Whether what has ended is the frontend alone, as it should after its drain."""
     return all(child.program.listens and child.process.returncode == 0 for child in ended)
+
+
+def _kill_hung(tree: Tree) -> None:
+    """Kill who shows no sign of life; its death is then dealt with as any other."""
+    if not tree.warm or tree.drain_until is not None:
+        return
+    running = [child for child in tree.children if child.process.poll() is None]
+    for child in tree.watchdog.hung(running, tree.ready):
+        child.hung = True
+        child.process.kill()
+        child.process.wait()
+
+
+def _replace(tree: Tree, child: Child) -> None:
+    """Bury a child and see to it that another takes its place, unless too many have died."""
+    name, now = child.program.name, time.monotonic()
+    delay = tree.restarts.after_death(name, now)
+    if delay is None:
+        _bury(tree, child, "the server gives up")
+        _give_up(tree, name)
+        return
+    tree.run = msgspec.structs.replace(tree.run, epoch=tree.run.epoch + 1)
+    write_run_config(tree.run, tree.config_file)
+    if not child.program.listens:
+        suspect = None
+        if name == "scheduler":
+            suspect, tree.board.trial = tree.board.trial or None, 0
+        certain = child.hung or child.process.returncode != -signal.SIGKILL
+        tree.frontend.send(Lost(name, tree.run.epoch, suspect, certain))
+    _bury(tree, child, "it is started again" + (f" in {delay:g} s" if delay else ""))
+    tree.due[child.program] = now + delay
+    tree.notifier.status(f"restarting the {name}: {child.describe_end()}")
+
+
+def _give_up(tree: Tree, name: str) -> None:
+    """Tell the frontend to fail what is in flight; the server ends once it has done so."""
+    server = tree.run.server
+    message = (
+        f"The server gives up: its processes have died {server.max_restarts + 1} times within "
+        f"{server.restart_window:g} s (--max-restarts, --restart-window); the last to die was the {name}."
+    )
+    log.critical(message)
+    tree.notifier.status(message)
+    tree.due.clear()
+    tree.giving_up_until = time.monotonic() + GIVE_UP_GRACE
+    tree.frontend.send(GiveUp(message))
+
+
+def _go_on_giving_up(tree: Tree, ended: list[Child]) -> int | None:
+    for child in ended:
+        _bury(tree, child, "the server ends")
+    frontend_left = any(child.program.listens for child in tree.children)
+    assert tree.giving_up_until is not None
+    return None if frontend_left and time.monotonic() < tree.giving_up_until else 1
+
+
+def _bury(tree: Tree, child: Child, consequence: str) -> None:
+    """Say how a child has ended, and forget it."""
+    _pass_on(tree, child)
+    last = "".join(f"    {line}\n" for line in child.tail)
+    _write(sys.stderr, f"error: {child.describe_end()}; {consequence}. Its last lines:\n{last}".encode())
+    if child.output in tree.selector.get_map():
+        tree.selector.unregister(child.output)
+    assert child.process.stdout is not None
+    child.process.stdout.close()
+    tree.children.remove(child)
+    tree.ready.pop(child.program.name, None)
+
+
+def _start_what_is_due(tree: Tree) -> None:
+    for program, when in list(tree.due.items()):
+        if time.monotonic() >= when:
+            del tree.due[program]
+            _start(tree, program)
 
 
 def _report_deaths(tree: Tree, ended: list[Child]) -> int:

@@ -36,10 +36,30 @@ class Warm(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Serving(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Launcher → frontend: all processes of this epoch are ready."""
+    """Launcher → frontend: all processes of this epoch are ready. The epoch grows with each death."""
 
     epoch: int
     limits: Limits
+
+
+class Lost(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Launcher → frontend: `process` has died and is being replaced; `Serving` with this epoch or a later one will say
+    that all are there again.
+
+    suspect: key of the request that the scheduler had on trial when it died. certain: whether the trial has killed it;
+    a SIGKILL may also have come from outside.
+    """
+
+    process: str
+    epoch: int
+    suspect: int | None = None
+    certain: bool = True
+
+
+class GiveUp(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Launcher → frontend: processes die too often. Fail what is in flight with `message`, then exit."""
+
+    message: str
 
 
 class Drain(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -53,4 +73,4 @@ class Drain(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 ToLauncher = Ready | Warm
-FromLauncher = Serving | Drain
+FromLauncher = Serving | Lost | GiveUp | Drain

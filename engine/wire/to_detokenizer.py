@@ -7,7 +7,7 @@ import msgspec
 
 from engine.wire.results import Finish, InputLogprobs, TokenLogprobs
 from engine.wire.sampling import TextOptions
-from engine.wire.to_frontend import Ended, ExpertsRecorded, Flushed, State, Vectors
+from engine.wire.to_frontend import Ended, ExpertsRecorded, Flushed, StartedOver, State, Vectors
 from engine.wire.weights import WeightAnswer
 
 NO_TOKEN = -1
@@ -58,4 +58,6 @@ class Detokenize(msgspec.Struct, frozen=True, array_like=True, tag=True):
     skip_special_tokens: bool
 
 
-ToDetokenizer = StepOutput | Detokenize | Ended | Vectors | Flushed | State | ExpertsRecorded | WeightAnswer
+ToDetokenizer = (
+    StepOutput | Detokenize | Ended | Vectors | Flushed | State | StartedOver | ExpertsRecorded | WeightAnswer
+)

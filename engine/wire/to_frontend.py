@@ -99,6 +99,14 @@ class State(msgspec.Struct, frozen=True, array_like=True, tag=True):
     state: dict[str, Any]
 
 
+class StartedOver(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Answer to `StartOver`: no attempt at a request whose key is below `before` is left, and what is in force."""
+
+    before: int
+    paused: bool
+    weight_version: str
+
+
 class ExpertsRecorded(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Answer to `RecordExperts`; error: why it could not be done."""
 
@@ -125,6 +133,16 @@ class Detokenized(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 FromRing = (
-    Accepted | Ended | TextStep | Vectors | Flushed | State | ExpertsRecorded | WeightAnswer | Tokenized | Detokenized
+    Accepted
+    | Ended
+    | TextStep
+    | Vectors
+    | Flushed
+    | State
+    | StartedOver
+    | ExpertsRecorded
+    | WeightAnswer
+    | Tokenized
+    | Detokenized
 )
 ToFrontend = FromRing | FromLauncher

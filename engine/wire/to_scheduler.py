@@ -28,6 +28,7 @@ class Admit(msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=True
 
     input_ids, output_ids: int32, little-endian; the latter was delivered by an earlier attempt.
     vector: answered by `to_frontend.Vectors` instead of tokens.
+    suspect: at how many deaths of the scheduler it was in flight; it is tried alone before it joins the others.
     """
 
     key: int
@@ -41,6 +42,18 @@ class Admit(msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=True
     extra_key: str | None
     priority: int | None
     vector: VectorOptions | None = None
+    suspect: int = 0
+
+
+class StartOver(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Forget every request whose key is below `before`, without an answer: what of them is still wanted follows as new
+    attempts. Passes the detokenizer as `to_frontend.StartedOver`.
+
+    paused: whether generation is to be paused from now on; None: as it is.
+    """
+
+    before: int
+    paused: bool | None
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -76,10 +89,11 @@ class RecordExperts(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class StopSeen(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """The detokenizer has ended these requests (stop string or pattern); nothing more of them is wanted."""
+    """The detokenizer has ended these attempts (stop string or pattern); nothing more of them is wanted."""
 
     keys: list[int]
+    attempts: list[int]
 
 
-Control = Abort | FlushCache | QueryState | RecordExperts | WeightControl
+Control = StartOver | Abort | FlushCache | QueryState | RecordExperts | WeightControl
 ToScheduler = Admit | Control | StopSeen

@@ -44,7 +44,7 @@ def test_tokens_become_text_until_a_stop_string(started: tuple[Ends, list[int]])
         finished |= {step.keys[row]: finish for row, finish in step.finished.items()}
     assert texts == {1: "日本 and the ", 2: "日本 and the END"}
     assert finished == {1: Finish("stop", matched="END")}
-    assert ends.take("scheduler") == StopSeen([1])
+    assert ends.take("scheduler") == StopSeen([1], [0])
 
 
 def test_what_is_not_text_passes_in_order(started: tuple[Ends, list[int]]) -> None:

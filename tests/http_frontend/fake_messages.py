@@ -18,11 +18,12 @@ def text_of(token: int) -> str:
 
 
 class Running(msgspec.Struct):
-    """A request that the fake scheduler runs: its n-th token is `len(prompt) + n`."""
+    """A request that the fake scheduler runs: its n-th token is `len(prompt) + n`. opened: its first row is out."""
 
     message: Generate | Embed | Judge
     prompt: list[int]
     made: int = 0
+    opened: bool = False
 
     @property
     def generate(self) -> Generate:

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import zmq
 from fake_messages import Running, begun_of, fake_logprob, rows_of, text_of, texts_of, vectors_of
 
 from engine.config import ModelFacts, ModelSource, RunConfig, ServerConfig, write_run_config
 from engine.config.run import PooledFacts
-from engine.wire.lifecycle import Drain, Limits, Ready, Serving, ToLauncher, Warm
+from engine.wire.lifecycle import Drain, Limits, Lost, Ready, Serving, ToLauncher, Warm
 from engine.wire.results import Finish, TokenLogprobs
 from engine.wire.sockets import Inbox, Outbox
 from engine.wire.to_detokenizer import NO_TOKEN, Detokenize, ToDetokenizer
@@ -32,11 +33,12 @@ from engine.wire.to_frontend import (
     Ended,
     ExpertsRecorded,
     Flushed,
+    StartedOver,
     State,
     ToFrontend,
     Tokenized,
 )
-from engine.wire.to_scheduler import Abort, FlushCache, QueryState, RecordExperts
+from engine.wire.to_scheduler import Abort, FlushCache, QueryState, RecordExperts, StartOver
 from engine.wire.to_tokenizer import Embed, Generate, Judge, Tokenize, ToTokenizer
 from engine.wire.weights import (
     ContinueGeneration,
@@ -150,6 +152,9 @@ class FakeRing:
                         self.frontend.send(Ended(key, one.message.attempt, finish, "scheduler"))
             case UpdateWeights() | SetWeightVersion() | ReadWeights() | PauseGeneration() | ContinueGeneration():
                 self._weights(message)
+            case StartOver(before):
+                self.running = {key: one for key, one in self.running.items() if key >= before}
+                self.frontend.send(StartedOver(before, False, self.weight_version))
             case FlushCache():
                 self.frontend.send(Flushed(message.key, not self.running))
             case QueryState():
@@ -208,7 +213,8 @@ class FakeRing:
         else:
             prompt.extend(ord(letter) for text in texts for letter in text)
         self.frontend.send(Accepted(message.key, message.attempt, prompt.tobytes()))
-        self.running[message.key] = Running(message, prompt.tolist())
+        made = len(message.output_ids) // 4 if isinstance(message, Generate) else 0
+        self.running[message.key] = Running(message, prompt.tolist(), made)
 
     def _step(self) -> None:
         rows = []
@@ -220,7 +226,8 @@ class FakeRing:
             del self.running[one.message.key]
         for key, one in list(self.running.items()):
             generate = one.generate
-            if not one.made:
+            if not one.opened:
+                one.opened = True
                 begun.append(begun_of(one))
             limit = generate.sampling.max_new_tokens
             if limit == 0:
@@ -287,6 +294,19 @@ class Live:
         self.ring.send(Serving(0, LIMITS))
         self.ring.wait_for(lambda: any(isinstance(message, Warm) for message in self.ring.launcher_seen))
 
+    def lose(self, process: str, epoch: int, **suspicion: Any) -> None:
+        """`process` dies: what it is told from now on is lost with it, and nothing more is made."""
+        self.ring.silent.set()
+        self.ring.send(Lost(process, epoch, **suspicion))
+        while self.client.get("/health").status_code != 503:
+            pass
+
+    def replace(self, epoch: int) -> None:
+        """A new process, which knows nothing, is there for the dead one."""
+        self.ring.running.clear()
+        self.ring.silent.clear()
+        self.ring.send(Serving(epoch, LIMITS))
+
     def drain(self, seconds: float) -> None:
         self.ring.send(Drain(seconds))
 
@@ -301,12 +321,14 @@ def live_frontend(
     step_seconds: float = 0.001,
     pooled: PooledFacts | None = None,
     judges: bool = False,
+    epoch: int = 0,
     **server: Any,
 ) -> Iterator[Live]:
     """Start `python -m http_frontend` on an inherited listening socket, and end it by its pid."""
     with tempfile.TemporaryDirectory(prefix="tm") as folder:
         config_path = Path(folder) / "config.json"
-        write_run_config(run_config(folder, os.getpid(), pooled=pooled, judges=judges, **server), config_path)
+        run = run_config(folder, os.getpid(), pooled=pooled, judges=judges, **server)
+        write_run_config(msgspec.structs.replace(run, epoch=epoch), config_path)
         listener = socket.create_server(("127.0.0.1", 0))
         port = listener.getsockname()[1]
         ring = FakeRing(folder, step_seconds, pooled.width if pooled else 0)

@@ -61,7 +61,7 @@ def test_every_request_gets_its_own_tokens(
                 scheduler.step()
                 scheduler.planner.memory.check(scheduler.planner.running)
         if fate != "run":
-            scheduler.handle(Abort([key]) if fate == "abort" else StopSeen([key]))
+            scheduler.handle(Abort([key]) if fate == "abort" else StopSeen([key], [0]))
     run_to_end(scheduler)
     for key, (prompt, new, _, fate, _, start) in enumerate(requests):
         expected = expected_tokens(prompt, new)

@@ -1,7 +1,7 @@
 """Plays one process of the tree: `python -m fake_process --config FILE --play NAME --manner MANNER [--fd N]`.
 
 Manners: good; loads (is never ready); crashes (while loading, with 40 lines on stderr); holds (answers a drain with
-nothing); stays (ignores SIGTERM).
+nothing); stays (ignores SIGTERM); dies (soon after it is ready, but for its first life).
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import time
 from pathlib import Path
 
 import zmq
 
 from engine.config import RunConfig
-from engine.wire.lifecycle import Drain, FromLauncher, Limits, Serving, ToLauncher, Warm
+from engine.wire.board import Heart
+from engine.wire.lifecycle import Drain, FromLauncher, GiveUp, Limits, Lost, Serving, ToLauncher, Warm
 from engine.wire.process import begin, report_ready
 from engine.wire.sockets import Inbox, Outbox
 
@@ -54,24 +56,34 @@ def main() -> None:
         signal.pause()
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     inbox: Inbox[FromLauncher] = Inbox(context, config.runtime_dir, words.play, FromLauncher)
+    heart = Heart(config.runtime_dir, words.play)
     report_ready(context, config, words.play, LIMITS if words.play == "scheduler" else None)
     if words.play == "frontend":
-        play_frontend(config, context, inbox, words.manner)
+        play_frontend(config, context, inbox, words.manner, heart)
+    if words.manner == "dies" and config.epoch:
+        sys.exit(7)
     while True:
-        signal.pause()
+        heart.beat()
+        time.sleep(0.05)
 
 
 def play_frontend(
-    config: RunConfig, context: zmq.Context[zmq.Socket[bytes]], inbox: Inbox[FromLauncher], manner: str
+    config: RunConfig, context: zmq.Context[zmq.Socket[bytes]], inbox: Inbox[FromLauncher], manner: str, heart: Heart
 ) -> None:
     launcher: Outbox[ToLauncher] = Outbox(context, config.runtime_dir, "launcher")
     while True:
-        inbox.wait(None)
+        heart.beat()
+        inbox.wait(0.05)
         for message in inbox.drain():
             match message:
                 case Serving(epoch, limits):
                     say(f"serving epoch {epoch} with {limits.max_total_num_tokens} tokens")
                     launcher.send(Warm())
+                case Lost(process, epoch, suspect, certain):
+                    say(f"lost the {process} in epoch {epoch}, suspect {suspect}, certain {certain}")
+                case GiveUp(text):
+                    say(f"told: {text}")
+                    sys.exit(0)
                 case Drain(timeout):
                     say(f"draining for {timeout:g} s")
                     if manner != "holds":

@@ -84,6 +84,20 @@ def test_a_stopped_launcher_feeds_no_watchdog(folder: Path) -> None:
             running.read()
 
 
+def test_a_process_that_is_replaced_is_told(folder: Path) -> None:
+    with service(command(folder), folder, watchdog=0.2, env=environment(folder)) as running:
+        serving = running.hear(READY="1")["STATUS"]
+        children = psutil.Process(running.process.pid).children()
+        (scheduler,) = [child for child in children if child.cmdline()[0] == "tokenmill: scheduler"]
+        scheduler.kill()
+        running.hear(STATUS=f"restarting the scheduler: the scheduler (pid {scheduler.pid}) was killed by SIGKILL "
+                     "(by someone, or by the system because memory ran out)")  # fmt: skip
+        running.hear(STATUS=serving)
+        running.hear(WATCHDOG="1")
+        running.process.terminate()
+        assert running.ends() == 0
+
+
 def test_a_failed_start_is_told(folder: Path) -> None:
     (folder / "model" / "config.json").unlink()
     with service(command(folder), folder, env=environment(folder)) as running:

@@ -1,0 +1,57 @@
+"""The watchdog: which process has not turned its loop for too long (`engine/wire/board.py`)."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from engine.launcher.children import Child
+from engine.wire.board import Board
+
+log = logging.getLogger(__name__)
+
+LOADING = 120.0
+"""Seconds without a sign of life that a process may take at least while it loads: its imports beat no heart."""
+
+
+@dataclass
+class Watchdog:
+    """timeout: seconds after which a process counts as hung. soft: after which it is only reported."""
+
+    board: Board
+    timeout: float
+    soft: float | None
+    _looked: float = field(default_factory=time.monotonic)
+    _awake: float = 0.0
+    _reported: set[int] = field(default_factory=set)
+
+    @property
+    def interval(self) -> float:
+        """Seconds between two looks."""
+        return min(max(min(self.timeout, self.soft or self.timeout) / 8, 0.05), 5.0)
+
+    def hung(self, children: Iterable[Child], ready: Iterable[str]) -> list[Child]:
+        """Those of `children` (which run) that count as hung. ready: names of those that have loaded."""
+        now = time.monotonic()
+        if now - self._looked > self.interval + 1.0:
+            # This process was stopped itself, perhaps the whole tree with it: all get their time anew.
+            self._awake = now
+        self._looked = now
+        return [child for child in children if self._is_hung(child, now, child.program.name in ready)]
+
+    def _is_hung(self, child: Child, now: float, is_ready: bool) -> bool:
+        beat = self.board.last_beat(child.program.name)
+        silent = now - max(child.started if beat is None else beat, self._awake)
+        patience = self.timeout if is_ready else max(self.timeout, LOADING)
+        pid = child.process.pid
+        if silent > patience:
+            log.error("%s (pid %d) has shown no sign of life for %.1f s: killing it", child.program.title, pid, silent)
+            return True
+        if self.soft is None or silent <= self.soft:
+            self._reported.discard(pid)
+        elif is_ready and pid not in self._reported:
+            self._reported.add(pid)
+            log.warning("%s (pid %d) has shown no sign of life for %.1f s", child.program.title, pid, silent)
+        return False

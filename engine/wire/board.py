@@ -1,0 +1,80 @@
+"""The board: a few numbers in a mapped file of the runtime folder, which outlive the process that wrote them.
+
+Each process writes there, from its own loop, when that last turned: a loop that hangs stops doing so. The scheduler
+writes there whom it has on trial (`scheduler_proc/trials.py`) before it risks a step, and so names the culprit of its
+own death.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+from pathlib import Path
+
+BEATS = 1.0
+"""Seconds between two beats of a process that has nothing to do."""
+
+_SLOTS = ("scheduler", "tokenizer", "detokenizer", "frontend", "trial", "keys")
+_SIZE = 8 * 64
+
+
+class Board:
+    """One process's view of it. trial: the key of the request on trial, 0 for none. keys: below this number lie all
+    keys that frontends before this one can have given."""
+
+    def __init__(self, runtime_dir: str) -> None:
+        descriptor = os.open(Path(runtime_dir) / "board", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.ftruncate(descriptor, _SIZE)
+            self._map = mmap.mmap(descriptor, _SIZE)
+        finally:
+            os.close(descriptor)
+        self._slots = memoryview(self._map).cast("q")
+
+    def beat(self, process: str) -> None:
+        """The loop of `process` has turned."""
+        self._slots[_SLOTS.index(process)] = time.monotonic_ns()
+
+    def last_beat(self, process: str) -> float | None:
+        """In seconds of time.monotonic(); None while it has not beaten since `silence`."""
+        beat = self._slots[_SLOTS.index(process)]
+        return beat / 1e9 if beat else None
+
+    def silence(self, process: str) -> None:
+        """Forget the beats of a process that is gone."""
+        self._slots[_SLOTS.index(process)] = 0
+
+    @property
+    def trial(self) -> int:
+        return self._slots[_SLOTS.index("trial")]
+
+    @trial.setter
+    def trial(self, key: int) -> None:
+        self._slots[_SLOTS.index("trial")] = key
+
+    @property
+    def keys(self) -> int:
+        return self._slots[_SLOTS.index("keys")]
+
+    @keys.setter
+    def keys(self, key: int) -> None:
+        self._slots[_SLOTS.index("keys")] = key
+
+    def close(self) -> None:
+        self._slots.release()
+        self._map.close()
+
+
+class Heart:
+    """Beats for one process."""
+
+    __slots__ = ("_process", "board")
+
+    def __init__(self, runtime_dir: str, process: str) -> None:
+        self.board = Board(runtime_dir)
+        self._process = process
+        self.beat()
+
+    def beat(self) -> None:
+        self.board.beat(self._process)

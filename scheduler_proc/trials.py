@@ -1,0 +1,71 @@
+"""Trials: who was in flight when the scheduler died is computed alone before it joins the others again.
+
+The key of the request on trial stands on the board while its step is computed. Should the process die of it, the
+launcher finds the key there, and only the culprit is lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from engine.wire.board import Board
+from scheduler_proc.planner import Extend, Planner
+from scheduler_proc.request import Request
+
+LONG_TRIAL = 8
+"""Tokens that a request makes alone when it was in flight at more than one death: what kills a step may lie behind
+tokens that had not left the dead process yet."""
+IN_A_ROW = 16
+"""After so many steps of suspects the others get one."""
+
+
+@dataclass(slots=True)
+class Trials:
+    """board: None where nobody would read it. suspects: whose trial has not ended, in order of arrival."""
+
+    planner: Planner
+    requests: Mapping[int, Request]
+    board: Board | None = None
+    suspects: list[Request] = field(default_factory=list)
+    _in_a_row: int = 0
+    _current: Request | None = None
+    _completes: bool = False
+
+    def enter(self, request: Request) -> None:
+        """Note a new request, if it is suspect."""
+        deaths = request.admit.suspect
+        if deaths:
+            request.trial = 1 if deaths == 1 else LONG_TRIAL
+            self.suspects.append(request)
+
+    def plan(self) -> tuple[list[Extend], list[Request]]:
+        """Plan the next step, as `Planner.plan`: of one suspect, or of all who are none."""
+        if not self.suspects:
+            return self.planner.plan()
+        self.suspects = [r for r in self.suspects if r.trial and self.requests.get(r.key) is r]
+        if self.suspects and self._in_a_row < IN_A_ROW:
+            suspect = self.suspects[0]
+            plan, hopeless = self.planner.plan_alone(suspect)
+            if plan or hopeless:
+                self._in_a_row += 1
+                if plan:
+                    self._begin(suspect, plan[0].completes)
+                return plan, hopeless
+        self._in_a_row = 0
+        return self.planner.plan()
+
+    def end_step(self) -> None:
+        """The step that was planned last is over."""
+        if self._current is None:
+            return
+        if self.board is not None:
+            self.board.trial = 0
+        if self._completes:
+            self._current.trial -= 1
+        self._current = None
+
+    def _begin(self, suspect: Request, completes: bool) -> None:
+        self._current, self._completes = suspect, completes
+        if self.board is not None:
+            self.board.trial = suspect.key
