@@ -11,8 +11,7 @@ _ISAS = {
     "avx2": ("avx2", "fma", "f16c"),
 }
 """Best first; each needs those below it. The flags are those of /proc/cpuinfo."""
-FEW_FILES = 1024
-MANY_FILES = 65536
+FEW_FILES = 4096
 
 
 def processor(cpuinfo: str | None, machine: str) -> Finding:
@@ -73,14 +72,14 @@ def overcommit(mode: str | None) -> Finding:
     return Finding("overcommit", "ok", "memory is taken as it is used")
 
 
-def open_files(soft: int, hard: int) -> Finding:
-    """RLIMIT_NOFILE; -1: no limit. Each connection is a descriptor of the frontend's."""
-    if soft == -1 or soft >= FEW_FILES * 4:
-        return Finding("open files", "ok", f"{'any number' if soft == -1 else soft} for each process")
-    raised = MANY_FILES if hard == -1 else min(hard, MANY_FILES)
-    message = f"{soft} for each process, which is how many clients can be connected at once, some 50 less"
-    advice = f"ulimit -n {raised}, or LimitNOFILE={MANY_FILES} in the unit"
-    return Finding("open files", "error" if soft < 128 else "warning", message, advice)
+def open_files(allowed: int) -> Finding:
+    """allowed: to each process, once the server has raised its own limit as far as it may. Each connection is a
+    descriptor of the frontend's."""
+    if allowed >= FEW_FILES:
+        return Finding("open files", "ok", f"{allowed} for each process")
+    message = f"{allowed} for each process, and each client that is connected takes one"
+    advice = "raise the hard limit: LimitNOFILE=65536 in the unit, or nofile in /etc/security/limits.conf"
+    return Finding("open files", "error" if allowed < 128 else "warning", message, advice)
 
 
 def clock(now: float, installed_at: float) -> Finding:

@@ -110,7 +110,9 @@ def _threads(config: ServerConfig) -> Finding:
 def _open_files() -> Finding:
     import resource
 
-    return machine.open_files(*resource.getrlimit(resource.RLIMIT_NOFILE))
+    from engine.launcher.file_limit import reachable
+
+    return machine.open_files(reachable(resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 
 
 def _shared_memory() -> Finding:
