@@ -93,7 +93,7 @@ def _check_numbers(config: ServerConfig, fields: dict[str, ConfigField]) -> None
         raise _refuse(fields["chunked_prefill_size"], 0, "must be at least 1, or -1 for no chunking")
     if config.expert_distribution_recorder_buffer_size == 0:
         raise _refuse(fields["expert_distribution_recorder_buffer_size"], 0, "must be at least 1, or -1 for no limit")
-    for name in ("watchdog_timeout", "soft_watchdog_timeout"):
+    for name in ("watchdog_timeout", "soft_watchdog_timeout", "restart_window"):
         seconds = getattr(config, name)
         if seconds is not None and not seconds > 0:
             raise _refuse(fields[name], seconds, "must be greater than 0")

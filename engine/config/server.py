@@ -191,5 +191,5 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_restarts: Annotated[
         int, Flag("deaths of processes within --restart-window that are survived; beyond it the server ends", minimum=0)
     ] = 5
-    restart_window: Annotated[float, Flag("seconds in which deaths are counted", minimum=1)] = 300.0
+    restart_window: Annotated[float, Flag("seconds in which deaths are counted")] = 300.0
     drain_timeout: Annotated[float, Flag("seconds that running requests get after SIGTERM", minimum=0)] = 30.0

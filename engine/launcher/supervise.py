@@ -161,6 +161,7 @@ def _hear(tree: Tree, message: ToLauncher) -> None:
                 return  # it has died since
             log.info("%s (pid %d) is ready after %.2f s", process, pid, time.monotonic() - child.started)
             tree.ready[process] = message
+            tree.watchdog.note_loaded(child)
             tree.limits = limits or tree.limits
             if (
                 tree.limits is not None
@@ -224,11 +225,10 @@ def _kill_hung(tree: Tree) -> None:
     """Kill who shows no sign of life; its death is then dealt with as any other."""
     if not tree.warm or tree.drain_until is not None:
         return
-    running = [child for child in tree.children if child.process.poll() is None]
+    running = [child for child in tree.children if not child.hung and child.process.poll() is None]
     for child in tree.watchdog.hung(running, tree.ready):
         child.hung = True
         child.process.kill()
-        child.process.wait()
 
 
 def _replace(tree: Tree, child: Child) -> None:

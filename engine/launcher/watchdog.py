@@ -12,17 +12,22 @@ from engine.wire.board import Board
 
 log = logging.getLogger(__name__)
 
-LOADING = 120.0
-"""Seconds without a sign of life that a process may take at least while it loads: its imports beat no heart."""
+LOADING_SHARE, LOADING_MARGIN = 4.0, 5.0
+"""A process that loads may be silent for so many times as long as its program has taken to load before, and for so many
+seconds more: imports beat no heart, and the system's cache may have become cold."""
 
 
 @dataclass
 class Watchdog:
-    """timeout: seconds after which a process counts as hung. soft: after which it is only reported."""
+    """timeout: seconds after which a process counts as hung. soft: after which it is only reported.
+
+    loading: the longest that each program has taken to load.
+    """
 
     board: Board
     timeout: float
     soft: float | None
+    loading: dict[str, float] = field(default_factory=dict)
     _looked: float = field(default_factory=time.monotonic)
     _awake: float = 0.0
     _reported: set[int] = field(default_factory=set)
@@ -31,6 +36,11 @@ class Watchdog:
     def interval(self) -> float:
         """Seconds between two looks."""
         return min(max(min(self.timeout, self.soft or self.timeout) / 8, 0.05), 5.0)
+
+    def note_loaded(self, child: Child) -> None:
+        """`child` is ready."""
+        name = child.program.name
+        self.loading[name] = max(self.loading.get(name, 0.0), time.monotonic() - child.started)
 
     def hung(self, children: Iterable[Child], ready: Iterable[str]) -> list[Child]:
         """Those of `children` (which run) that count as hung. ready: names of those that have loaded."""
@@ -44,7 +54,10 @@ class Watchdog:
     def _is_hung(self, child: Child, now: float, is_ready: bool) -> bool:
         beat = self.board.last_beat(child.program.name)
         silent = now - max(child.started if beat is None else beat, self._awake)
-        patience = self.timeout if is_ready else max(self.timeout, LOADING)
+        patience = self.timeout
+        if not is_ready:
+            loading = self.loading.get(child.program.name, 0.0)
+            patience = max(patience, LOADING_SHARE * loading + LOADING_MARGIN)
         pid = child.process.pid
         if silent > patience:
             log.error("%s (pid %d) has shown no sign of life for %.1f s: killing it", child.program.title, pid, silent)

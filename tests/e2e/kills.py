@@ -25,6 +25,7 @@ MODULES = {
     "detokenizer": "detokenizer_proc",
     "frontend": "http_frontend",
 }
+LISTS = ("input_token_logprobs", "input_top_logprobs", "output_token_logprobs", "output_top_logprobs")
 PATIENCE = 60.0
 STREAMS = 32
 
@@ -107,10 +108,16 @@ def prefills(tokens: int, length: int = 2500) -> list[Json]:
 
 @dataclass
 class Stream:
-    """One stream as its client has seen it. at: time.monotonic() of its start and of each chunk."""
+    """One stream of deltas (--incremental-streaming-output) as its client has seen it: what it comes to so far.
+
+    at: time.monotonic() of its start and of each chunk.
+    """
 
     body: Json
-    chunks: list[Json] = field(default_factory=list)
+    text: str = ""
+    ids: list[int] = field(default_factory=list)
+    lists: Json = field(default_factory=dict)
+    meta: Json = field(default_factory=dict)
     at: list[float] = field(default_factory=list)
 
     async def run(self, http: httpx.AsyncClient) -> Stream:
@@ -122,21 +129,26 @@ class Stream:
                     self.at.append(time.monotonic())
                     chunk = json.loads(line.removeprefix("data: "))
                     assert "error" not in chunk, chunk
-                    self._check(chunk)
-                    self.chunks = [chunk]
+                    self._add(chunk)
         return self
 
-    def _check(self, chunk: Json) -> None:
-        """Text, ids and logprobs only ever grow."""
-        for last in self.chunks:
-            assert chunk["text"].startswith(last["text"])
-            assert chunk["output_ids"][: len(last["output_ids"])] == last["output_ids"]
+    def _add(self, chunk: Json) -> None:
+        self.text += chunk["text"]
+        self.ids += chunk["output_ids"]
+        self.meta = chunk["meta_info"]
+        assert self.meta["completion_tokens"] == len(self.ids)
+        for name in LISTS:
+            came = self.meta.get(name) or []
+            if name.startswith("output"):
+                self.lists.setdefault(name, []).extend(came)
+            elif came:
+                assert self.lists.setdefault(name, came) == came
         if self.body.get("return_logprob"):
-            assert len(chunk["meta_info"]["output_token_logprobs"]) == len(chunk["output_ids"])
+            assert len(self.lists["output_token_logprobs"]) == len(self.ids)
 
     @property
     def tokens(self) -> int:
-        return len(self.chunks[-1]["output_ids"]) if self.chunks else 0
+        return len(self.ids)
 
     @property
     def gap(self) -> float:
@@ -145,11 +157,8 @@ class Stream:
 
     def answer(self) -> Json:
         """What must not depend on what happened on the way."""
-        last = self.chunks[-1]
-        meta = last["meta_info"]
-        names = ("prompt_tokens", "completion_tokens", "finish_reason", "input_token_logprobs")
-        names += ("output_token_logprobs", "output_top_logprobs", "input_top_logprobs")
-        return {"text": last["text"], "ids": last["output_ids"]} | {name: meta.get(name) for name in names}
+        names = ("prompt_tokens", "completion_tokens", "finish_reason")
+        return {"text": self.text, "ids": self.ids} | {name: self.meta[name] for name in names} | self.lists
 
 
 async def undisturbed(http: httpx.AsyncClient, bodies: list[Json]) -> list[Json]:
@@ -167,6 +176,13 @@ class Running:
         """Wait until each stream has so many tokens."""
         while any(stream.tokens < tokens for stream in self.streams):
             assert not self._task.done() or self._task.exception() is None
+            await asyncio.sleep(0.005)
+
+    async def progress(self) -> None:
+        """Wait until some stream has a new token."""
+        before = sum(stream.tokens for stream in self.streams)
+        await asyncio.sleep(0.05)
+        while sum(stream.tokens for stream in self.streams) == before and not self._task.done():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 
     async def answers(self) -> list[Json]:

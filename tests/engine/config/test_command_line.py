@@ -69,6 +69,8 @@ MUST_WORK: dict[str, tuple[Any, str, Any]] = {
     "--log-level": ("info", "warning", "warning"),
     "--log-level-http": (None, "error", "error"),
     "--decode-log-interval": (40, "1", 1),
+    "--watchdog-timeout": (300.0, "2", 2.0),
+    "--soft-watchdog-timeout": (None, "1.5", 1.5),
 }
 SWITCHES = [
     "--skip-tokenizer-init", "--skip-server-warmup", "--incremental-streaming-output", "--allow-auto-truncate",
@@ -213,7 +215,7 @@ def served_words(field: ConfigField) -> st.SearchStrategy[Any]:
         return st.none()
     values: dict[str, st.SearchStrategy[Any]] = {
         "int": st.integers(1, 64),
-        "float": st.floats(0, 1e6),
+        "float": st.floats(0.001, 1e6),
         "strs": st.lists(st.text(st.characters(codec="utf-8", exclude_characters="-"), min_size=1), max_size=3),
     }
     return values.get(field.kind, st.just(field.default))
