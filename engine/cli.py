@@ -39,7 +39,19 @@ def experts(words: Sequence[str]) -> int:
     return plot_experts(words)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"serve": serve, "bench": bench, "experts": experts}
+def doctor(words: Sequence[str]) -> int:
+    """Check whether this machine can serve."""
+    from engine.doctor.run import doctor as examine
+
+    return examine(words)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "serve": serve,
+    "bench": bench,
+    "experts": experts,
+    "doctor": doctor,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

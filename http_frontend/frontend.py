@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import random
 import time
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -37,6 +38,7 @@ class Frontend:
     ended: resolves when a drain is over, or with the error that ends the process.
     run: the launch's, with the names of the model that serves now. paused: nothing is computed for now.
     warm: `/health` may be 200. startup_seconds: from the launch until then.
+    stop_accepting: called when a drain leaves new connections to the next server.
     epoch: the newest that the launcher has told. lost: processes that are dead and not replaced yet.
     deaths, replays: of processes and of requests, since this process began.
     """
@@ -58,6 +60,7 @@ class Frontend:
         self.warm = False
         self.draining = False
         self.startup_seconds = 0.0
+        self.stop_accepting: Callable[[], None] = lambda: None
         self.epoch = run.epoch
         self.reborn = run.epoch > 0
         self.lost: set[str] = set()
@@ -198,6 +201,8 @@ class Frontend:
         if self.draining:
             return
         self.draining = True
+        if message.leave_queue:
+            self.stop_accepting()
         # Health checks that wait for a sign of life have their answer: 503.
         self.pulse.beat()
         log.info("draining: %d requests in flight, at most %g s", len(self.journal), message.timeout)

@@ -43,6 +43,10 @@ class _Server(uvicorn.Server):
         gc.freeze()
         self._on_started()
 
+    def stop_accepting(self) -> None:
+        for listening in self.servers:
+            listening.close()
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
@@ -53,6 +57,7 @@ async def _serve(run: RunConfig, listener: socket.socket, context: zmq.Context[z
     frontend.start(asyncio.get_running_loop())
     config = _uvicorn_config(run.server, frontend)
     server = _Server(config, lambda: report_ready(context, run, "frontend"))
+    frontend.stop_accepting = server.stop_accepting
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         await asyncio.wait({frontend.ended, serving}, return_when=asyncio.FIRST_COMPLETED)

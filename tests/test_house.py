@@ -13,7 +13,8 @@ PROCESSES = ("http_frontend", "tokenizer_proc", "scheduler_proc", "detokenizer_p
 CODE = ("engine", *PROCESSES, "scripts")
 # Bottom to top: what stands further up may import what stands further down.
 FLOORS = (
-    "config", "wire", "checkpoints", "parallel", "kernels", "layers", "models", "launcher", "bench", "cli", "__main__",
+    "config", "wire", "checkpoints", "parallel", "kernels", "layers", "models", "launcher", "bench", "doctor", "cli",
+    "__main__",
 )  # fmt: skip
 MAY_IMPORT = {
     "http_frontend": {"config", "wire"},

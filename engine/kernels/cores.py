@@ -21,8 +21,8 @@ def physical_cores() -> list[int]:
     for cpu in sorted(os.sched_getaffinity(0)):
         first_of_core.setdefault(_siblings(cpu), cpu)
     cores = list(first_of_core.values())
-    quota = _quota()
-    return cores if quota is None else cores[: max(1, math.ceil(quota))]
+    granted = quota()
+    return cores if granted is None else cores[: max(1, math.ceil(granted))]
 
 
 def _siblings(cpu: int) -> str:
@@ -33,7 +33,7 @@ def _siblings(cpu: int) -> str:
         return str(cpu)
 
 
-def _quota() -> float | None:
+def quota() -> float | None:
     """Processors' worth of time that the cgroup of this process may use; None: no limit."""
     try:
         granted, period = (cgroup_folder() / "cpu.max").read_text().split()

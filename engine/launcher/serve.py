@@ -18,7 +18,9 @@ from engine.config import ConfigError, RunConfig, ServerConfig, write_run_config
 from engine.config.logs import set_up_logging
 from engine.launcher.children import PROGRAMS, Program
 from engine.launcher.errors import LaunchError
-from engine.launcher.listen import open_listener, url_of
+from engine.launcher.file_limit import raise_file_limit
+from engine.launcher.listen import open_listener, take_listener, url_of
+from engine.launcher.notify import Notifier, take_notifier
 from engine.launcher.resolve import resolve
 from engine.launcher.runtime_dir import runtime_dir
 from engine.launcher.signals import caught_signals
@@ -40,8 +42,13 @@ def serve(
     setproctitle("tokenmill: launcher")
     for warning in warnings:
         log.warning(warning)
+    notifier = Notifier()
     try:
-        with open_listener(config.host, config.port) as listener:
+        notifier = take_notifier(os.environ)
+        passed = take_listener(os.environ)
+        raise_file_limit()
+        with passed or open_listener(config.host, config.port) as listener:
+            notifier.loading(f"finding the model {config.model_path or '(the bundled one)'}")
             resolved = resolve(config)
             for warning in resolved.warnings:
                 log.warning(warning)
@@ -61,9 +68,16 @@ def serve(
                 write_run_config(run, config_file)
                 log.debug("model found and configuration written after %.2f s", time.monotonic() - began)
                 url = url_of(listener, tls=config.ssl_certfile is not None)
-                return supervise(run, config_file, programs, listener, signals, context, url=url, began=began)
+                if passed is not None:
+                    log.info("serving on the socket that was passed by the service manager: %s", url)
+                notifier.loading(f"loading {run.server.served_model_name}")
+                return supervise(
+                    run, config_file, programs, listener, signals, context, url=url, began=began, notifier=notifier,
+                    socket_passed=passed is not None,
+                )  # fmt: skip
     except (ConfigError, CheckpointError, LaunchError) as error:
         print(f"tokenmill serve: error: {error}", file=sys.stderr)
+        notifier.status(f"error: {error}")
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:  # while the model was being found; later, Ctrl-C is one of the caught signals
         return 128 + signal.SIGINT

@@ -20,6 +20,7 @@ import zmq
 from engine.config import RunConfig, write_run_config
 from engine.config.environment import switch
 from engine.launcher.children import Child, Program, start_child
+from engine.launcher.notify import Notifier
 from engine.launcher.restarts import Restarts
 from engine.launcher.signals import arrived
 from engine.launcher.watchdog import Watchdog
@@ -44,6 +45,7 @@ class Tree:
     url: where it serves. began: time.monotonic() at its start. force_shutdown: a signal ends it without a drain.
     due: dead programs, and when (time.monotonic()) they are started again. limits: of the newest scheduler.
     giving_up_until: processes have died too often, and the frontend has until then to say so to its clients.
+    socket_passed: the listening socket is the service manager's, and outlives this server.
     """
 
     run: RunConfig
@@ -67,11 +69,14 @@ class Tree:
     drain_until: float | None = None
     giving_up_until: float | None = None
     grace: float = END_GRACE
+    notifier: Notifier = field(default_factory=Notifier)
+    socket_passed: bool = False
 
 
 def supervise(
     run: RunConfig, config_file: Path, programs: Sequence[Program], listener: socket.socket,
     signals: socket.socket, context: zmq.Context[Any], *, url: str, began: float,
+    notifier: Notifier, socket_passed: bool,
 ) -> int:  # fmt: skip
     """Start `programs` and see them through; returns the exit code, when none of them is left.
 
@@ -84,6 +89,7 @@ def supervise(
         Outbox(context, run.runtime_dir, "frontend"), board,
         Watchdog(board, server.watchdog_timeout, server.soft_watchdog_timeout),
         Restarts(server.max_restarts, server.restart_window), force_shutdown=switch("FORCE_SHUTDOWN"),
+        notifier=notifier, socket_passed=socket_passed,
     )  # fmt: skip
     tree.selector.register(signals, selectors.EVENT_READ)
     tree.selector.register(tree.inbox.fileno(), selectors.EVENT_READ)
@@ -92,7 +98,7 @@ def supervise(
             _start(tree, program)
         code = _look(tree)
         while code is None:
-            _wait(tree, _next_look(tree))
+            _wait(tree, tree.notifier.beat(_next_look(tree)))
             code = _look(tree)
         return code
     finally:
@@ -163,6 +169,8 @@ def _hear(tree: Tree, message: ToLauncher) -> None:
                 and all(child.program.name in tree.ready for child in tree.children)
             ):
                 tree.frontend.send(Serving(tree.run.epoch, tree.limits))
+                if tree.warm:
+                    tree.notifier.status(_serving(tree))
                 _log_limits(tree.run, tree.limits)
         case Warm() if tree.warm:
             log.info("the frontend serves again")
@@ -174,6 +182,11 @@ def _hear(tree: Tree, message: ToLauncher) -> None:
             lines = [f"Tokenmill serves {tree.run.server.served_model_name} on {tree.url}"]
             lines += [f"  {title}: pid {pid}" for title, pid in pids.items()]
             _write(sys.stdout, "".join(f"{line}\n" for line in lines).encode())
+            tree.notifier.ready(_serving(tree))
+
+
+def _serving(tree: Tree) -> str:
+    return f"serving {tree.run.server.served_model_name} on {tree.url}"
 
 
 def _log_limits(run: RunConfig, limits: Limits) -> None:
@@ -193,11 +206,13 @@ def _stop(tree: Tree, number: signal.Signals) -> bool:
         return True
     if not tree.warm or tree.force_shutdown:
         log.info("%s: ending", number.name)
+        tree.notifier.stopping(f"{number.name}: ending", tree.grace)
         return True
     timeout = tree.run.server.drain_timeout
     log.info("%s: requests in flight have %.0f s to finish; once more to end at once", number.name, timeout)
-    tree.frontend.send(Drain(timeout))
+    tree.frontend.send(Drain(timeout, leave_queue=tree.socket_passed))
     tree.drain_until = time.monotonic() + timeout + DRAIN_MARGIN
+    tree.notifier.stopping(f"{number.name}: requests in flight finish", timeout + DRAIN_MARGIN + tree.grace)
     return False
 
 
@@ -234,6 +249,7 @@ def _replace(tree: Tree, child: Child) -> None:
         tree.frontend.send(Lost(name, tree.run.epoch, suspect, certain))
     _bury(tree, child, "it is started again" + (f" in {delay:g} s" if delay else ""))
     tree.due[child.program] = now + delay
+    tree.notifier.status(f"restarting the {name}: {child.describe_end()}")
 
 
 def _give_up(tree: Tree, name: str) -> None:
@@ -244,6 +260,7 @@ def _give_up(tree: Tree, name: str) -> None:
         f"{server.restart_window:g} s (--max-restarts, --restart-window); the last to die was the {name}."
     )
     log.critical(message)
+    tree.notifier.status(message)
     tree.due.clear()
     tree.giving_up_until = time.monotonic() + GIVE_UP_GRACE
     tree.frontend.send(GiveUp(message))

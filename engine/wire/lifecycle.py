@@ -63,9 +63,13 @@ class GiveUp(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Drain(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Launcher → frontend: refuse what is new, finish what runs within `timeout` seconds, then exit."""
+    """Launcher → frontend: refuse what is new, finish what runs within `timeout` seconds, then exit.
+
+    leave_queue: accept no connection any more, since the next server on this socket will.
+    """
 
     timeout: float
+    leave_queue: bool = False
 
 
 ToLauncher = Ready | Warm
