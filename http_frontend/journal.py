@@ -18,6 +18,7 @@ from engine.wire.results import Finish, InputLogprobs, TokenLogprobs
 from engine.wire.to_frontend import Accepted, Ended, TextStep, Vectors
 from engine.wire.to_scheduler import Abort
 from engine.wire.to_tokenizer import Embed, Generate, Judge, ToTokenizer
+from http_frontend.room import Room
 
 Request = Generate | Embed | Judge
 """A message that starts an item, and is answered by tokens or by a vector."""
@@ -41,12 +42,14 @@ class Entry:
     weight_version: of the weights that computed the newest output; empty until there is some.
     probe: the server's own request (health, warm-up), which no client can see or abort.
     followers: entries that are sent once this one has ended well.
+    queued_tokens: prompt tokens that `Room` counts for it.
     """
 
     __slots__ = (
         "arrived", "asked_rid", "attempt", "cached_tokens", "due", "finish", "finished", "followers", "hidden",
         "index", "input_logprobs", "key", "logprob_texts", "logprobs", "message", "notify", "origin", "output_ids",
-        "probe", "prompt_ids", "prompt_tokens", "retractions", "sent", "texts", "vector", "weight_version",
+        "probe", "prompt_ids", "prompt_tokens", "queued_tokens", "retractions", "sent", "texts", "vector",
+        "weight_version",
     )  # fmt: skip
 
     def __init__(
@@ -73,6 +76,7 @@ class Entry:
         self.finished = 0.0
         self.prompt_ids = b""
         self.prompt_tokens = 0
+        self.queued_tokens = 0
         self.cached_tokens = 0
         self.input_logprobs: InputLogprobs | None = None
         self.logprob_texts: dict[int, str] = {}
@@ -101,6 +105,7 @@ class Journal:
         self._entries: dict[int, Entry] = {}
         self._rids: dict[str, Entry] = {}
         self._clients = 0
+        self.room = Room()
         self.on_idle: Callable[[], None] | None = None
 
     def __len__(self) -> int:
@@ -116,6 +121,7 @@ class Journal:
             self._entries[entry.key] = entry
             self._rids[entry.message.rid] = entry
             self._clients += not entry.probe
+            self.room.enter(entry)
 
     def submit(self, entries: Iterable[Entry]) -> None:
         """Take `entries` in and send them."""
@@ -141,6 +147,16 @@ class Journal:
         if keys:
             self._send(Abort(keys))
 
+    def expire(self, entries: Iterable[Entry], finish: Finish) -> None:
+        """End `entries` here and now with `finish`, and have the scheduler end them too."""
+        keys = []
+        for entry in entries:
+            if entry.key in self._entries:
+                keys += [entry.key] if entry.sent else []
+                self._end(entry, finish, "scheduler")
+        if keys:
+            self._send(Abort(keys))
+
     def match(self, prefix: str | None) -> list[Entry]:
         """Clients' entries whose rid, or the rid they were asked under, starts with `prefix` (None: all)."""
         entries = [entry for entry in self._entries.values() if not entry.probe]
@@ -162,11 +178,13 @@ class Journal:
         if entry is not None and entry.attempt == message.attempt:
             entry.prompt_ids = message.input_ids
             entry.prompt_tokens = len(message.input_ids) // 4
+            self.room.accept(entry)
 
     def ended(self, message: Ended) -> None:
         entry = self._entries.get(message.key)
         if entry is not None and entry.attempt == message.attempt:
             self._end(entry, message.finish, message.origin)
+            self.room.refused(message.finish)
 
     def text_step(self, step: TextStep) -> None:
         """Apply a step's columns. Rows of unknown keys and of older attempts are skipped."""
@@ -175,6 +193,7 @@ class Journal:
             entry = entries.get(begun.key)
             if entry is None or entry.attempt != begun.attempt:
                 continue
+            self.room.begin(entry)
             if begun.texts:
                 entry.logprob_texts.update(begun.texts)
             if begun.attempt == 0 or not entry.output_ids:
@@ -249,6 +268,7 @@ class Journal:
         """Take `entry` out; false when it was out already."""
         if self._entries.pop(entry.key, None) is None:
             return False
+        self.room.leave(entry)
         if self._rids.get(entry.message.rid) is entry:
             del self._rids[entry.message.rid]
         if not entry.probe:

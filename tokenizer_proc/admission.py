@@ -75,6 +75,7 @@ def _admit(message: Generate, tokenizer: Tokenizer | None, bounds: Bounds) -> tu
         logprobs=message.logprobs,
         extra_key=message.extra_key,
         priority=message.priority,
+        probe=message.probe,
     )
     return Accepted(message.key, message.attempt, packed), admitted
 

@@ -32,6 +32,7 @@ def admit_embed(message: Embed, tokenizer: Tokenizer | None, bounds: Bounds) -> 
         logprobs=None,
         extra_key=None,
         priority=message.priority,
+        probe=message.probe,
         vector=VectorOptions(
             type_ids=_told_apart(segments, bounds.segments),
             dimensions=message.dimensions,

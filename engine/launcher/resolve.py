@@ -75,6 +75,9 @@ def _check_files(config: ServerConfig) -> None:
     ):
         if name is not None and not Path(name).is_file():
             raise ConfigError(f"argument {flag}: {name!r}: there is no such file")
+    for folder in config.allowed_weights_root:
+        if not Path(folder).is_dir():
+            raise ConfigError(f"argument --allowed-weights-root: {folder!r}: there is no such folder")
 
 
 def _check_load_format(config: ServerConfig, model: ModelSource) -> None:

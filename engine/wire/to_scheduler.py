@@ -28,6 +28,7 @@ class Admit(msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=True
 
     input_ids, output_ids: int32, little-endian; the latter was delivered by an earlier attempt.
     vector: answered by `to_frontend.Vectors` instead of tokens.
+    probe: the server's own; the queue is never full for it.
     """
 
     key: int
@@ -41,6 +42,7 @@ class Admit(msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=True
     extra_key: str | None
     priority: int | None
     vector: VectorOptions | None = None
+    probe: bool = False
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag=True):

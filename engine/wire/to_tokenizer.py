@@ -17,6 +17,7 @@ class Generate(msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=T
     attempt: 0, and one more each time the frontend replays it after a crash.
     text, input_ids: exactly one is set; ids are int32, little-endian.
     output_ids: what an earlier attempt has already delivered (int32), to go on behind.
+    probe: the server's own, to see whether it works.
     """
 
     key: int
@@ -30,6 +31,7 @@ class Generate(msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=T
     logprobs: LogprobOptions | None
     extra_key: str | None = None
     priority: int | None = None
+    probe: bool = False
 
 
 class Embed(msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=True):
@@ -47,6 +49,7 @@ class Embed(msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=True
     dimensions: int | None = None
     with_hidden: bool = False
     priority: int | None = None
+    probe: bool = False
 
 
 class Judge(msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=True):
