@@ -3,11 +3,12 @@
 At full load the way to the scheduler and back is as long as a step of it, and all that is on its way takes memory. What
 is in flight is counted here: so many items fit the server, running and waiting, and those beyond are refused at once.
 The scheduler has the last word on the rest, and when it has said that its queue is full, that holds until one of its
-requests has begun or ended.
+requests has begun or ended, or for a second.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -16,6 +17,7 @@ from engine.wire.results import Finish
 from engine.wire.to_tokenizer import Embed, Generate, Judge
 from http_frontend.errors import RefusedError
 
+FULL_SECONDS = 1.0
 QUEUE_FULL = "The request queue is full."
 
 _CHARACTERS = 4
@@ -49,7 +51,7 @@ class Room:
     def __init__(self) -> None:
         self.items = 0
         self.tokens = 0
-        self._full = False
+        self._full_until = 0.0
 
     def enter(self, entry: Counted) -> None:
         if _counts(entry):
@@ -64,7 +66,7 @@ class Room:
             entry.queued_tokens = entry.prompt_tokens
 
     def begin(self, entry: Counted) -> None:
-        self._full = False
+        self._full_until = 0.0
         self.tokens -= entry.queued_tokens
         entry.queued_tokens = 0
 
@@ -74,8 +76,8 @@ class Room:
 
     def refused(self, finish: Finish) -> None:
         """A request has been ended before its first token; perhaps because the scheduler's queue was full."""
-        if finish.status == 503 and finish.message == QUEUE_FULL:
-            self._full = True
+        if finish.status == 503 and finish.message == QUEUE_FULL and self.items:
+            self._full_until = time.monotonic() + FULL_SECONDS
 
     def check(self, messages: Iterable[Request], server: ServerConfig, running: int, *, paused: bool) -> None:
         """Raise the `RefusedError` of a call for which there is no room. running: requests that may run at once."""
@@ -83,7 +85,7 @@ class Room:
         most, most_tokens = server.max_queued_requests, server.max_queued_tokens
         if paused:  # nobody is to see an error through a pause, but it is not to take all memory either
             most, most_tokens = max(most, _DEFAULTS.max_queued_requests), max(most_tokens, _DEFAULTS.max_queued_tokens)
-        full = self._full
+        full = time.monotonic() < self._full_until
         if server.enable_priority_scheduling:  # a more urgent request takes the place of another
             most, most_tokens, full = 2 * most, 2 * most_tokens, False
         over = self.items + len(sizes) > running + most

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -98,6 +99,7 @@ def test_large_bodies_are_refused_before_they_are_read() -> None:
     with live_frontend(max_body_bytes=1000) as live:
         told = send(live, "/generate", b"", "Content-Length: 1001", "Expect: 100-continue")
         answer = told.recv(1 << 16).decode()
+        answer += "" if answer.endswith("}") else told.recv(1 << 16).decode()
         assert answer.startswith("HTTP/1.1 413 ")
         message = "The body has more than 1000 bytes, the most that are accepted."
         assert json.loads(answer.partition("\r\n\r\n")[2]) == {
@@ -136,7 +138,7 @@ def test_deeply_nested_bodies(depth: int, live: Live) -> None:
         assert answer.status_code == (200 if depth == 100 else answer.status_code), answer.text
         assert answer.status_code in (200, 400), answer.text
         if path == "/tokenize" and depth > 128:
-            assert answer.status_code == 400 and "nested" in answer.json()["message"]
+            assert answer.status_code == 400 and re.search("nested|recursion", answer.json()["message"])
     assert live.client.post("/generate", json=call("a")).status_code == 200
 
 
@@ -219,28 +221,34 @@ def test_clients_that_do_not_go_on_are_hung_up_on() -> None:
         assert live.client.get("/health").status_code == 200
 
 
-def test_a_stalled_stream_takes_little_memory_and_is_closed_in_the_end() -> None:
+def stalled(live: Live, tokens: int) -> socket.socket:
+    """A stream of events of 10 KB and more that nobody reads."""
+    body = json.dumps(call("x" * 2000, tokens, stream=True, return_prompt_token_ids=True)).encode()
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect(("127.0.0.1", live.port))
+    head = (
+        f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    connection.sendall(head.encode() + body)
+    return connection
+
+
+def test_stalled_streams_take_little_memory_and_are_closed_in_the_end() -> None:
     streams = 60
     with live_frontend(stalled_stream_timeout=2.0, step_seconds=0.0) as live:
         before = psutil.Process(live.process.pid).memory_info().rss
-        body = json.dumps(call("x" * 2000, 10**9, stream=True, return_prompt_token_ids=True)).encode()
-        connections = []
-        for _ in range(streams):
-            connection = socket.socket()
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            connection.connect(("127.0.0.1", live.port))
-            connection.sendall(
-                b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-                + f"Content-Length: {len(body)}\r\n\r\n".encode() + body
-            )  # fmt: skip
-            connections.append(connection)
-        live.ring.wait_for(lambda: len(live.ring.running) == streams)
-        live.ring.wait_for(lambda: not live.ring.running, 60)
+        connections = [stalled(live, 2000) for _ in range(streams)]
+        live.ring.wait_for(lambda: len(generated(live)) == streams and not live.ring.running, 60)
+        assert live.client.get("/ping").status_code == 200
         grown = psutil.Process(live.process.pid).memory_info().rss - before
         assert grown < streams * (1 << 20), f"{grown / 1e6:.0f} MB"
+        connections.append(stalled(live, 10**9))
+        live.ring.wait_for(lambda: bool(live.ring.running))
+        live.ring.wait_for(lambda: not live.ring.running, 60)
+        assert len(live.ring.aborted()) >= 1
         for connection in connections:
             connection.close()
-        assert live.client.get("/health").status_code == 200
 
 
 def test_health_behind_a_full_queue_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
