@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from engine.config import ServerConfig
+from engine.config.server import QUEUED_REQUESTS, QUEUED_TOKENS
 from engine.wire.results import Finish
 from engine.wire.to_tokenizer import Embed, Generate, Judge
 from http_frontend.errors import RefusedError
@@ -22,7 +23,6 @@ QUEUE_FULL = "The request queue is full."
 
 _CHARACTERS = 4
 """A text counts as a token for so many characters until its tokens are counted."""
-_DEFAULTS = ServerConfig()
 
 Request = Generate | Embed | Judge
 
@@ -82,9 +82,10 @@ class Room:
     def check(self, messages: Iterable[Request], server: ServerConfig, running: int, *, paused: bool) -> None:
         """Raise the `RefusedError` of a call for which there is no room. running: requests that may run at once."""
         sizes = [prompt_tokens(message) for message in messages]
-        most, most_tokens = server.max_queued_requests, server.max_queued_tokens
+        most = server.max_queued_requests or QUEUED_REQUESTS
+        most_tokens = server.max_queued_tokens or QUEUED_TOKENS
         if paused:  # nobody is to see an error through a pause, but it is not to take all memory either
-            most, most_tokens = max(most, _DEFAULTS.max_queued_requests), max(most_tokens, _DEFAULTS.max_queued_tokens)
+            most, most_tokens = max(most, QUEUED_REQUESTS), max(most_tokens, QUEUED_TOKENS)
         full = time.monotonic() < self._full_until
         if server.enable_priority_scheduling:  # a more urgent request takes the place of another
             most, most_tokens, full = 2 * most, 2 * most_tokens, False

@@ -8,6 +8,10 @@ import msgspec
 
 from engine.config.flags import Flag, json_object, token_count
 
+QUEUED_REQUESTS = 65536
+QUEUED_TOKENS = 8 << 20
+"""What may wait where the flags say nothing, so that memory is bounded."""
+
 
 class ConfigError(ValueError):
     """A setting that cannot be served. The message names the flag, the value and what is allowed."""
@@ -89,10 +93,18 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         float | None, Flag("share of the free memory that weights and KV pool may take, in (0, 1)")
     ] = None
     max_running_requests: Annotated[int | None, Flag("most requests that run at once", minimum=1)] = None
-    max_queued_requests: Annotated[int, Flag("most requests that wait; beyond it 503", minimum=1)] = 65536
+    max_queued_requests: Annotated[
+        int | None, Flag(f"most requests that wait; beyond it 503; default: {QUEUED_REQUESTS}", minimum=1)
+    ] = None
     max_queued_tokens: Annotated[
-        int, Flag("most prompt tokens that wait; beyond it 503", parse=token_count, metavar="N", minimum=1)
-    ] = 8 << 20
+        int | None,
+        Flag(
+            f"most prompt tokens that wait; beyond it 503; default: {QUEUED_TOKENS}",
+            parse=token_count,
+            metavar="N",
+            minimum=1,
+        ),
+    ] = None
     max_total_tokens: Annotated[
         int | None, Flag("KV pool size in tokens", parse=token_count, metavar="N", minimum=1)
     ] = None

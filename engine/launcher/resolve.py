@@ -17,6 +17,7 @@ from engine.config import ConfigError, ModelFacts, ModelSource, ServerConfig
 from engine.config.checks import SERVED_POLICIES
 from engine.config.environment import switch
 from engine.config.run import PooledFacts
+from engine.config.server import QUEUED_REQUESTS, QUEUED_TOKENS
 from engine.kernels.cores import physical_cores
 
 JUDGE = 'answer can only be "yes" or "no"'
@@ -135,6 +136,8 @@ def _filled_in(
         or (Path(model.path).name.partition(".")[0] if bundled else model.name),
         context_length=context_length,
         dtype=_dtype(config.dtype, model_config),
+        max_queued_requests=config.max_queued_requests or QUEUED_REQUESTS,
+        max_queued_tokens=config.max_queued_tokens or QUEUED_TOKENS,
         max_prefill_tokens=max(config.max_prefill_tokens, context_length),
         schedule_policy=config.schedule_policy if config.schedule_policy in SERVED_POLICIES else "fcfs",
         page_size=1,
