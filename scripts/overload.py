@@ -54,13 +54,11 @@ def main() -> None:
         began = perf_counter()
         seen = asyncio.run(_overload(server, options))
         seconds = perf_counter() - began
-        left = _memory(server)
+        left = {title: round(psutil.Process(pid).memory_info().rss / 1e6) for title, pid in server.pids.items()}
     print(f"{options.clients} clients, {seconds:.1f} s: {dict(seen.answers)}")
     print(f"refused within: {_spread(seen.refusals)}")
     print(f"/health: {_spread(seen.health)}; not 200: {dict(seen.unhealthy)}")
-    print(
-        f"memory of the tree: {idle / 1e6:.0f} MB idle, {seen.memory / 1e6:.0f} MB at most, {left / 1e6:.0f} MB after"
-    )
+    print(f"memory of the tree: {idle / 1e6:.0f} MB idle, {seen.memory / 1e6:.0f} MB at most; MB after: {left}")
     good = sum(count for what, count in seen.answers.items() if what in ("answered", "refused 503"))
     sys.exit(0 if good == options.clients else 1)
 
