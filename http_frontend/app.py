@@ -22,6 +22,7 @@ from http_frontend.errors import RefusedError, error_response, json_response
 from http_frontend.experts import Experts
 from http_frontend.frontend import Frontend
 from http_frontend.generate import GenerateEndpoint
+from http_frontend.guard import Guard
 from http_frontend.health import Health
 from http_frontend.info import Info
 from http_frontend.rerank import plan_rerank
@@ -49,6 +50,8 @@ def build_app(frontend: Frontend) -> ASGIApp:
                 path_of=lambda scope: _below(root_path, scope["path"]),
             )
         )
+    # Innermost, so that a call without a key takes no place.
+    middleware.append(Middleware(Guard, server=server, path_of=lambda scope: _below(root_path, scope["path"])))
     app = Starlette(
         routes=_routes(frontend),
         middleware=middleware,

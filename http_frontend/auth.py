@@ -27,7 +27,8 @@ ADMIN_PATHS = frozenset(
 )
 """Routes that the admin key guards."""
 
-_OPEN_PREFIXES = ("/health", "/ready", "/metrics")
+OPEN_PREFIXES = ("/health", "/ready", "/metrics")
+"""Beginnings of paths that need no key, and are answered at any load."""
 
 
 class ApiKeys:
@@ -54,7 +55,7 @@ class ApiKeys:
 
     def needed_key(self, path: str) -> str | None:
         """The key that a request for `path` must carry; None when it is open."""
-        if path.startswith(_OPEN_PREFIXES):
+        if path.startswith(OPEN_PREFIXES):
             return None
         if path.rstrip("/") in ADMIN_PATHS and self._admin_key is not None:
             return self._admin_key

@@ -87,6 +87,7 @@ class GenerateBody(msgspec.Struct, kw_only=True):
     no_logs: bool = False
     background: bool = False
     custom_labels: dict[str, Any] | None = None
+    timeout: float | None = None
     image_data: Any = None
     video_data: Any = None
     audio_data: Any = None
@@ -104,6 +105,7 @@ class EmbedBody(msgspec.Struct, kw_only=True):
     return_prompt_token_ids: bool = False
     lora_path: str | list[str | None] | None = None
     priority: int | None = None
+    timeout: float | None = None
     image_data: Any = None
     video_data: Any = None
     audio_data: Any = None
@@ -180,6 +182,9 @@ ABORT: msgspec.json.Decoder[AbortBody] = msgspec.json.Decoder(AbortBody, strict=
 NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What a decoder raises of bytes that are no JSON: bad syntax, bad UTF-8, or nested too deep to be read."""
 
+MAX_DEPTH = 128
+"""Levels of lists and objects within those fields of a body that may hold any JSON and are sent on."""
+
 _JSON_TYPE = re.compile(r"application/(json|[\w.!#$&^-]+\+json)\s*(;|$)", re.IGNORECASE)
 _LONG_NUMBER = re.compile(rb"[0-9]{19}")
 
@@ -242,6 +247,18 @@ def find_wide_integer(body: bytes) -> int | None:
         elif isinstance(value, int) and not -(2**63) <= value < 2**64:
             return value
     return None
+
+
+def check_depth(*values: Any) -> None:
+    """Raise the shape C refusal of values that are nested deeper than every process can follow."""
+    waiting = [(value, 1) for value in values]
+    while waiting:
+        value, depth = waiting.pop()
+        if not isinstance(value, dict | list):
+            continue
+        if depth > MAX_DEPTH:
+            raise unreadable(f"JSON decode error: the body is nested deeper than {MAX_DEPTH} levels")
+        waiting.extend((inner, depth + 1) for inner in (value.values() if isinstance(value, dict) else value))
 
 
 def decode_body(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:

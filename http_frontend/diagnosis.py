@@ -86,6 +86,16 @@ def _whole(value: Any) -> bool:
     return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
 
 
+def _number(value: Any) -> bool:
+    if not isinstance(value, str):
+        return isinstance(value, int | float)
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
+
+
 def _hidden(value: Any) -> bool:
     return _truth(value) or value in ("last", "full")
 
@@ -138,6 +148,7 @@ _LENIENT: dict[str, Check] = {
     "priority": _nullable(_whole),
     "routed_dp_rank": _nullable(_whole),
     "max_thinking_tokens": _nullable(_whole),
+    "timeout": _nullable(_number),
     "custom_labels": _nullable(_mapping),
     "routed_experts_start_len": _whole,
     **dict.fromkeys(_PLAIN_BOOLEANS, _truth),
@@ -267,6 +278,7 @@ _STRICT: dict[str, Mismatch] = {
     "priority": _optional(_I64),
     "routed_dp_rank": _optional(_I64),
     "max_thinking_tokens": _optional(_I64),
+    "timeout": _optional(_f64),
     "routed_experts_start_len": _I64,
     **dict.fromkeys(_PLAIN_BOOLEANS, _BOOL),
 }

@@ -61,7 +61,7 @@ def plan_encode(body: bytes, desk: Desk) -> Work:
         objects = [msgspec.json.encode(_item(entry, asked, pooled, weight_version)) for entry in entries]
         return b"[%b]" % b",".join(objects) if batched else objects[0]
 
-    return Work(messages, answer)
+    return Work(messages, answer, asked.timeout)
 
 
 def _prompts(body: EmbedBody, vocab_size: int) -> tuple[list[_Prompt], bool]:

@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
@@ -21,6 +21,7 @@ from engine.wire.weights import Paused, WeightsUpdated
 from http_frontend.defaults import read_preferred
 from http_frontend.errors import RefusedError
 from http_frontend.items import Desk
+from http_frontend.journal import Request
 from http_frontend.pulse import Pulse, WarmUpError, warm_up
 from http_frontend.replay import blame
 from http_frontend.ring import Ring
@@ -92,6 +93,11 @@ class Frontend:
         """Raise the 503 of a server that is about to leave."""
         if self.draining:
             raise RefusedError("D", "The server is shutting down.", 503)
+
+    def check_room(self, messages: Iterable[Request]) -> None:
+        """Raise the 503 of a server whose queue has no room for these."""
+        running = self.limits.result().max_running_requests if self.limits.done() else 0
+        self.journal.room.check(messages, self.run.server, running, paused=self.paused)
 
     def _spawn(self, work: Any) -> None:
         task: asyncio.Task[None] = self.loop.create_task(work)
@@ -204,7 +210,7 @@ class Frontend:
         if message.leave_queue:
             self.stop_accepting()
         # Health checks that wait for a sign of life have their answer: 503.
-        self.pulse.beat()
+        self.pulse.wake()
         log.info("draining: %d requests in flight, at most %g s", len(self.journal), message.timeout)
         if not await self._idle_within(message.timeout):
             log.warning("aborting %d requests that did not finish in time", len(self.journal))

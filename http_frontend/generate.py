@@ -20,6 +20,7 @@ from http_frontend.bodies import (
 )
 from http_frontend.broken_answers import end_broken, send_broken
 from http_frontend.call import BARE_SEND, Call, Scope, Send, all_ended, send_json, send_last, watch
+from http_frontend.deadlines import check_timeout, set_deadline
 from http_frontend.diagnosis import diagnose
 from http_frontend.errors import RefusedError, error_response, unreadable
 from http_frontend.frontend import Frontend
@@ -64,7 +65,9 @@ class GenerateEndpoint:
             await error_response(refused)(scope, receive, send)
             return
         try:
+            check_timeout(request.timeout)
             plan = plan_call(request, self._frontend.desk)
+            self._frontend.check_room([item.generate for item in plan.items])
         except RefusedError as refused:
             await self._refuse(refused, request, scope, receive, send)
             return
@@ -98,6 +101,7 @@ class GenerateEndpoint:
         bare_send = scope.get(BARE_SEND, send)
         begun = False
         watcher = frontend.loop.create_task(watch(receive, call))
+        deadline = set_deadline(call, request.timeout, frontend.run.server, frontend.journal, frontend.loop)
         try:
             start_call(call, plan, request.stream, frontend.journal)
             if request.stream:
@@ -117,6 +121,8 @@ class GenerateEndpoint:
                 await send_broken(error, rids, scope, receive, send)
         finally:
             watcher.cancel()
+            if deadline is not None:
+                deadline.cancel()
             # Whatever has not ended by now has nobody left to tell.
             frontend.journal.forget(call.warmers + call.entries)
 

@@ -20,6 +20,7 @@ from engine.wire.results import Finish, InputLogprobs, TokenLogprobs
 from engine.wire.to_frontend import Accepted, Ended, TextStep, Vectors
 from engine.wire.to_scheduler import Abort
 from engine.wire.to_tokenizer import Embed, Generate, Judge, ToTokenizer
+from http_frontend.room import Room
 
 log = logging.getLogger(__name__)
 
@@ -48,13 +49,14 @@ class Entry:
     followers: entries that are sent once this one has ended well.
     aborted: the scheduler was asked to end it. deaths: of the scheduler, while it was in flight; trials: those of them
     at which it was on trial. replays: how often it was sent again. earlier_retractions: of earlier attempts.
+    queued_tokens: prompt tokens that `Room` counts for it.
     """
 
     __slots__ = (
-        "aborted", "arrived", "asked_rid", "attempt", "cached_tokens", "deaths", "due", "earlier_retractions", "finish",
-        "finished", "followers", "hidden", "index", "input_logprobs", "key", "logprob_texts", "logprobs", "message",
-        "notify", "origin", "output_ids", "probe", "prompt_ids", "prompt_tokens", "replays", "retractions", "sent",
-        "texts", "trials", "vector", "weight_version",
+        "aborted", "arrived", "asked_rid", "attempt", "cached_tokens", "deaths", "due", "earlier_retractions",
+        "finish", "finished", "followers", "hidden", "index", "input_logprobs", "key", "logprob_texts", "logprobs",
+        "message", "notify", "origin", "output_ids", "probe", "prompt_ids", "prompt_tokens", "queued_tokens",
+        "replays", "retractions", "sent", "texts", "trials", "vector", "weight_version",
     )  # fmt: skip
 
     def __init__(
@@ -86,6 +88,7 @@ class Entry:
         self.finished = 0.0
         self.prompt_ids = b""
         self.prompt_tokens = 0
+        self.queued_tokens = 0
         self.cached_tokens = 0
         self.input_logprobs: InputLogprobs | None = None
         self.logprob_texts: dict[int, str] = {}
@@ -118,6 +121,7 @@ class Journal:
         self._rids: dict[str, Entry] = {}
         self._clients = 0
         self._held: list[Entry] | None = None
+        self.room = Room()
         self.on_idle: Callable[[], None] | None = None
 
     def __len__(self) -> int:
@@ -133,6 +137,7 @@ class Journal:
             self._entries[entry.key] = entry
             self._rids[entry.message.rid] = entry
             self._clients += not entry.probe
+            self.room.enter(entry)
 
     def submit(self, entries: Iterable[Entry]) -> None:
         """Take `entries` in and send them."""
@@ -189,6 +194,16 @@ class Journal:
         if keys and self._held is None:
             self._send(Abort(keys))
 
+    def expire(self, entries: Iterable[Entry], finish: Finish) -> None:
+        """End `entries` here and now with `finish`, and have the scheduler end them too."""
+        keys = []
+        for entry in entries:
+            if entry.key in self._entries:
+                keys += [entry.key] if entry.sent else []
+                self._end(entry, finish, "scheduler")
+        if keys:
+            self._send(Abort(keys))
+
     def match(self, prefix: str | None) -> list[Entry]:
         """Clients' entries whose rid, or the rid they were asked under, starts with `prefix` (None: all)."""
         entries = [entry for entry in self._entries.values() if not entry.probe]
@@ -210,6 +225,7 @@ class Journal:
         if entry is not None and entry.attempt == message.attempt and not entry.output_ids:
             entry.prompt_ids = message.input_ids
             entry.prompt_tokens = len(message.input_ids) // 4
+            self.room.accept(entry)
 
     def ended(self, message: Ended) -> None:
         entry = self._entries.get(message.key)
@@ -218,6 +234,7 @@ class Journal:
                 self._end(entry, message.finish, message.origin)
             except Exception as error:
                 self._break(entry, error)
+            self.room.refused(message.finish)
 
     def text_step(self, step: TextStep) -> None:
         """Apply a step's columns. Rows of unknown keys and of older attempts are skipped."""
@@ -226,6 +243,7 @@ class Journal:
             entry = entries.get(begun.key)
             if entry is None or entry.attempt != begun.attempt:
                 continue
+            self.room.begin(entry)
             if begun.texts:
                 entry.logprob_texts.update(begun.texts)
             if not entry.output_ids:
@@ -322,6 +340,7 @@ class Journal:
         """Take `entry` out; false when it was out already."""
         if self._entries.pop(entry.key, None) is None:
             return False
+        self.room.leave(entry)
         if self._rids.get(entry.message.rid) is entry:
             del self._rids[entry.message.rid]
         if not entry.probe:

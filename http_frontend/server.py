@@ -17,6 +17,7 @@ from engine.config import ConfigError, RunConfig, ServerConfig
 from engine.config.environment import number
 from engine.wire.process import report_ready
 from http_frontend.app import build_app
+from http_frontend.connections import connection_class, sweep
 from http_frontend.frontend import Frontend
 
 _CLOSING_SECONDS = 5
@@ -59,8 +60,12 @@ async def _serve(run: RunConfig, listener: socket.socket, context: zmq.Context[z
     server = _Server(config, lambda: report_ready(context, run, "frontend"))
     frontend.stop_accepting = server.stop_accepting
     serving = asyncio.create_task(server.serve(sockets=[listener]))
+    sweeping = asyncio.create_task(sweep(server.server_state.connections, run.server))
     try:
-        await asyncio.wait({frontend.ended, serving}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({frontend.ended, serving, sweeping}, return_when=asyncio.FIRST_COMPLETED)
+        if sweeping.done():
+            sweeping.result()
+        sweeping.cancel()
         server.should_exit = True
         await serving
         if frontend.ended.done():
@@ -74,7 +79,7 @@ def _uvicorn_config(server: ServerConfig, frontend: Frontend) -> uvicorn.Config:
     _set_up_access_log(server)
     config = uvicorn.Config(
         build_app(frontend),
-        http="httptools",
+        http=connection_class(server),
         ws="none",
         lifespan="off",
         log_config=None,

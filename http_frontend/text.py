@@ -8,7 +8,7 @@ from starlette.responses import Response
 from engine.wire.to_detokenizer import Detokenize
 from engine.wire.to_frontend import Detokenized, Tokenized
 from engine.wire.to_tokenizer import Tokenize
-from http_frontend.bodies import DETOKENIZE, TOKENIZE, Ids, check_content_type, decode_body
+from http_frontend.bodies import DETOKENIZE, TOKENIZE, Ids, check_content_type, check_depth, decode_body
 from http_frontend.errors import RefusedError, json_response, unreadable
 from http_frontend.frontend import Frontend
 
@@ -25,6 +25,7 @@ class Text:
         asked = decode_body(body, TOKENIZE)
         if (asked.prompt is None) == (asked.messages is None):
             raise unreadable("1 validation error: Exactly one of 'prompt' or 'messages' must be provided.")
+        check_depth(asked.messages, asked.tools, asked.chat_template_kwargs)
         self._frontend.check_open()
         go_on = bool(asked.continue_final_message)
         begin = asked.add_generation_prompt

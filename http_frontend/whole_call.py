@@ -9,6 +9,7 @@ from typing import Literal
 from http_frontend.bodies import ClientGoneError, Receive, check_content_type, check_json_only, content_type, read_body
 from http_frontend.broken_answers import send_broken
 from http_frontend.call import Call, Scope, Send, all_ended, send_json, watch
+from http_frontend.deadlines import check_timeout, set_deadline
 from http_frontend.errors import RefusedError, error_response
 from http_frontend.frontend import Frontend
 from http_frontend.items import Desk
@@ -17,10 +18,14 @@ from http_frontend.journal import Entry, Request
 
 @dataclass(frozen=True)
 class Work:
-    """A call as messages, one an item, and what makes its JSON of the ended entries (in the order of the messages)."""
+    """A call as messages, one an item, and what makes its JSON of the ended entries (in the order of the messages).
+
+    timeout: seconds, as its body says.
+    """
 
     messages: Sequence[Request]
     answer: Callable[[list[Entry]], bytes]
+    timeout: float | None = None
 
 
 class WholeCall:
@@ -60,8 +65,11 @@ class WholeCall:
     async def _run(self, work: Work, receive: Receive) -> bytes | None:
         """The answer's body; None when the client has gone."""
         frontend = self._frontend
+        check_timeout(work.timeout)
+        frontend.check_room(work.messages)
         call = Call(frontend.loop)
         watcher = frontend.loop.create_task(watch(receive, call))
+        deadline = set_deadline(call, work.timeout, frontend.run.server, frontend.journal, frontend.loop)
         try:
             call.entries = [Entry(message, call.notify, index=i) for i, message in enumerate(work.messages)]
             frontend.journal.submit(call.entries)
@@ -69,6 +77,8 @@ class WholeCall:
                 return None
         finally:
             watcher.cancel()
+            if deadline is not None:
+                deadline.cancel()
             # Whatever has not ended by now has nobody left to tell.
             frontend.journal.forget(call.entries)
         if self._shape == "D":

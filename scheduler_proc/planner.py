@@ -65,6 +65,7 @@ class Planner:
     """The queues: `waiting` in order of arrival, `running` in order of admission. `preemptions`: since the start.
 
     hold: no request is admitted that has not begun already. at: the request that `plan` has looked at last.
+    queued_tokens: prompt tokens of those that wait. queued_probes: how many of these are the server's own.
     """
 
     limits: PlannerLimits
@@ -74,6 +75,8 @@ class Planner:
     preemptions: int = 0
     hold: bool = False
     at: Request | None = None
+    queued_tokens: int = 0
+    queued_probes: int = 0
 
     def plan(self, plan: list[Extend], hopeless: list[Request]) -> None:
         """Plan one step into `plan` and take its slots; into `hopeless` go the requests that can never be served (a
@@ -109,6 +112,53 @@ class Planner:
             count = self._chunk(candidate, self.limits.prefill_budget, first=True)
             self._extend(candidate, count, plan, hopeless)
 
+    @property
+    def queued(self) -> int:
+        """Waiting requests; the server's own do not count."""
+        return len(self.waiting) - self.queued_probes
+
+    def enqueue(self, request: Request, position: int | None = None) -> None:
+        """Have a request wait, by default behind all others."""
+        self.waiting.insert(len(self.waiting) if position is None else position, request)
+        self.queued_tokens += request.prompt_length
+        self.queued_probes += request.admit.probe
+
+    def unqueue(self, request: Request) -> None:
+        """Take a request out of those that wait."""
+        self.waiting.remove(request)
+        self.queued_tokens -= request.prompt_length
+        self.queued_probes -= request.admit.probe
+
+    def make_room(self, request: Request, most: int | None, most_tokens: int | None) -> list[Request] | None:
+        """Who has to leave the queue so that `request` finds room in it, the least urgent first; None: it finds none.
+
+        most, most_tokens: requests, and prompt tokens, that may wait. A prompt of any length may wait alone, and the
+        server's own requests always may.
+        """
+        if request.admit.probe:
+            return []
+        count, tokens = self.queued, self.queued_tokens + request.prompt_length
+
+        def full() -> bool:
+            over = (most is not None and count >= most) or (most_tokens is not None and tokens > most_tokens)
+            return over and count > 0
+
+        leaving: list[Request] = []
+        if not full():
+            return leaving
+        if not self.limits.priorities:
+            return None
+        # A preempted request that has produced something already keeps its place: its client reads it.
+        unopened = [r for r in self.waiting if not r.delivered and not r.admit.probe]
+        for last in sorted(unopened, key=lambda r: (self.urgency(r), r.number), reverse=True):
+            if self.urgency(last) <= self.urgency(request):
+                return None
+            leaving.append(last)
+            count, tokens = count - 1, tokens - last.prompt_length
+            if not full():
+                return leaving
+        return None
+
     def preempt(self, request: Request) -> None:
         """Send a running request back to the queue; what it has computed stays in the tree."""
         self.running.remove(request)
@@ -116,7 +166,7 @@ class Planner:
         request.retractions += 1
         self.preemptions += 1
         position = next((i for i, other in enumerate(self.waiting) if other.number > request.number), None)
-        self.waiting.insert(len(self.waiting) if position is None else position, request)
+        self.enqueue(request, position)
 
     def finish(self, request: Request) -> None:
         """Take a running request out; what it has computed stays in the tree."""
@@ -168,7 +218,7 @@ class Planner:
             if self.running and self.memory.available < self._reserved(plan) + request.outstanding + _growth(request):
                 self.memory.detach(request)
                 return None
-            self.waiting.remove(request)
+            self.unqueue(request)
             self.running.append(request)
             if request.cached_tokens < 0:
                 request.cached_tokens = min(request.computed, request.prompt_length)

@@ -115,7 +115,9 @@ class Recorder:
         path = folder / f"expert_distribution_rank{rank}_timestamp{time.time()}.csv"
         unfinished = folder / f".{path.name}.{os.getpid()}"
         try:
-            with unfinished.open("w", encoding="ascii") as file:
+            # For the user alone: with single tokens in it, the file tells what was asked.
+            descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w", encoding="ascii") as file:
                 file.write(_HEADERS[self.settings.mode] + "\n")
                 file.writelines(_lines(self.settings, list(self.kept)))
             unfinished.rename(path)

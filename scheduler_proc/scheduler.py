@@ -56,6 +56,7 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Settings of the loop.
 
     longest: most prompt + output tokens of a request (`max_req_len`); max_input: prompts must be shorter.
+    max_queued, max_queued_tokens: requests, and prompt tokens, that may wait.
     waiting_timeout, running_timeout: seconds, None for no limit.
     strict: an invariant that does not hold ends the process (else it is logged).
     report: the part of `/server_info` that does not change.
@@ -74,6 +75,7 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     strict: bool
     report: dict[str, Any]
     task: Task = Task()
+    max_queued_tokens: int | None = None
 
 
 @dataclass(slots=True)
@@ -266,22 +268,15 @@ class Scheduler:
 
     def _enqueue(self, request: Request) -> bool:
         """Put a request into the queue. When that is full a less urgent one may have to leave it."""
-        waiting = self.planner.waiting
-        most = self.settings.max_queued
         # While nothing is computed the queue may grow: nobody is to see an error through a pause.
         replayed = request.admit.attempt > 0  # it has had its place already
-        if most is not None and len(waiting) >= most and not self.generation.paused and not replayed:
-            if not self.planner.limits.priorities:
+        if not self.generation.paused and not replayed:
+            leaving = self.planner.make_room(request, self.settings.max_queued, self.settings.max_queued_tokens)
+            if leaving is None:
                 return False
-            # A preempted request that has produced something already keeps its place: its client reads it.
-            unopened = [r for r in waiting if not r.delivered]
-            if not unopened:
-                return False
-            last = max(unopened, key=lambda r: (self.planner.urgency(r), r.number))
-            if self.planner.urgency(last) <= self.planner.urgency(request):
-                return False
-            self._end_waiting(last, Finish("abort", message=OUTRANKED, status=503))
-        waiting.append(request)
+            for last in leaving:
+                self._end_waiting(last, Finish("abort", message=OUTRANKED, status=503))
+        self.planner.enqueue(request)
         self.requests[request.key] = request
         return True
 
@@ -291,7 +286,7 @@ class Scheduler:
     def _abort(self, keys: list[int]) -> None:
         rows = StepRows()
         for request in [self.requests[key] for key in dict.fromkeys(keys) if key in self.requests]:
-            if request in self.planner.waiting and not request.delivered:
+            if not request.delivered and request not in self.planner.running:
                 self._end_waiting(request, Finish("abort", message="Abort in waiting queue"))
             else:
                 self._drop(request)
@@ -309,7 +304,7 @@ class Scheduler:
         if request in self.planner.running:
             self.planner.finish(request)
         else:
-            self.planner.waiting.remove(request)
+            self.planner.unqueue(request)
 
     def _expire(self, rows: StepRows) -> None:
         """End requests that have waited or run longer than allowed."""

@@ -113,6 +113,7 @@ def settings(config: RunConfig, engine: Engine, started: float) -> SchedulerSett
         strict=switch("STRICT"),
         report=report(config, engine, started),
         task=engine.task,
+        max_queued_tokens=server.max_queued_tokens,
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import torch
 
+from engine.checkpoints.confined import check_files, check_named
 from engine.checkpoints.errors import CheckpointError, NotFoundError
 from engine.checkpoints.load_weights import check_fit, check_readable, copy_weights, open_weights, random_weights
 from engine.checkpoints.locate import is_bundled, locate
@@ -175,7 +176,13 @@ class Weights:
             return msgspec.structs.replace(launched, name=model_path)
         if not model_path:
             raise NotFoundError("model_path is empty", "invalid repository id")
-        return locate(model_path, download_dir=server.download_dir)
+        roots = server.allowed_weights_root
+        if not roots:
+            return locate(model_path, download_dir=server.download_dir)
+        check_named(model_path, roots, server.download_dir)
+        source = locate(model_path, download_dir=server.download_dir)
+        check_files(model_path, Path(source.path), roots)
+        return source
 
     def _check(self, source: ModelSource, config: ModelConfig, reader: WeightReader) -> None:
         """Raise CheckpointError unless the model that serves computes as that of the checkpoint, tensor for tensor."""

@@ -82,6 +82,7 @@ def _admit(message: Generate, tokenizer: Tokenizer | None, bounds: Bounds) -> tu
         extra_key=message.extra_key,
         priority=message.priority,
         suspect=message.suspect,
+        probe=message.probe,
     )
     return Accepted(message.key, message.attempt, packed), admitted
 

@@ -36,6 +36,7 @@ def admit_embed(message: Embed, tokenizer: Tokenizer | None, bounds: Bounds) -> 
         extra_key=None,
         priority=message.priority,
         suspect=message.suspect,
+        probe=message.probe,
         vector=VectorOptions(
             type_ids=_told_apart(segments, bounds.segments),
             dimensions=message.dimensions,

@@ -13,6 +13,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from engine.checkpoints.render_bounds import MOST_CHARACTERS, RenderLimitError, bounded
 from engine.checkpoints.tokenizer_data import Tokenizer
 
 if TYPE_CHECKING:
@@ -50,20 +51,34 @@ def render_chat(
     # Imported here, because most servers never render a chat and the import takes a tenth of the process's start.
     import jinja2
 
+    variables = {
+        **tokenizer.named_tokens,
+        **(template_kwargs or {}),
+        "messages": messages,
+        "tools": tools,
+        "documents": (template_kwargs or {}).get("documents"),
+        "add_generation_prompt": add_generation_prompt,
+    }
     try:
-        text = _compiled(source).render(
-            {
-                **tokenizer.named_tokens,
-                **(template_kwargs or {}),
-                "messages": messages,
-                "tools": tools,
-                "documents": (template_kwargs or {}).get("documents"),
-                "add_generation_prompt": add_generation_prompt,
-            }
-        )
+        text = _rendered(source, variables)
     except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         raise ChatTemplateError(f"the chat template failed: {type(error).__name__}: {error}") from error
+    except (RenderLimitError, MemoryError, RecursionError) as error:
+        reason = str(error) or type(error).__name__
+        raise ChatTemplateError(f"the chat template was stopped: {reason}") from None
     return _cut_at_mark(text, final) if continue_final_message else text
+
+
+def _rendered(source: str, variables: dict[str, Any]) -> str:
+    """Raises RenderLimitError or MemoryError where the template does not come to an end within its bounds."""
+    with bounded():
+        parts, length = [], 0
+        for part in _compiled(source).generate(variables):
+            length += len(part)
+            if length > MOST_CHARACTERS:
+                raise RenderLimitError(f"its text has more than {MOST_CHARACTERS} characters")
+            parts.append(part)
+        return "".join(parts)
 
 
 def _marked(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:

@@ -32,6 +32,10 @@ _ONLY: tuple[tuple[str, Any, str], ...] = (
 """Field, the values that can be served, and what to say of any other."""
 
 _TLS_NEEDS_CERTIFICATE = ("ssl_keyfile", "ssl_ca_certs", "ssl_keyfile_password")
+_POSITIVE_SECONDS = (
+    "request_timeout", "stalled_stream_timeout", "request_read_timeout", "watchdog_timeout", "soft_watchdog_timeout",
+    "restart_window",
+)  # fmt: skip
 _NOT_EMPTY = (
     "model_path",
     "tokenizer_path",
@@ -93,10 +97,10 @@ def _check_numbers(config: ServerConfig, fields: dict[str, ConfigField]) -> None
         raise _refuse(fields["chunked_prefill_size"], 0, "must be at least 1, or -1 for no chunking")
     if config.expert_distribution_recorder_buffer_size == 0:
         raise _refuse(fields["expert_distribution_recorder_buffer_size"], 0, "must be at least 1, or -1 for no limit")
-    for name in ("watchdog_timeout", "soft_watchdog_timeout", "restart_window"):
+    for name in _POSITIVE_SECONDS:
         seconds = getattr(config, name)
-        if seconds is not None and not seconds > 0:
-            raise _refuse(fields[name], seconds, "must be greater than 0")
+        if seconds is not None and not 0.0 < seconds < float("inf"):
+            raise _refuse(fields[name], seconds, "must be greater than 0 and finite")
     if config.drain_timeout == float("inf"):
         raise _refuse(fields["drain_timeout"], config.drain_timeout, "must be finite")
 

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from engine.config.checks import check_config
 from engine.config.fields import config_fields
 from engine.config.flags import json_object
-from engine.config.ignored import IGNORED_FLAGS, NOT_YET_FLAGS, REFUSED_PREFIXES
+from engine.config.ignored import IGNORED_FLAGS, NOT_YET_FLAGS, REFUSED_PREFIXES, WHY_IGNORED
 from engine.config.server import ConfigError, ServerConfig
 from engine.config.settings_file import read_settings_file
 
@@ -43,7 +43,7 @@ def parse_serve(argv: Sequence[str]) -> ParsedCommand:
         given = filed | typed
         names = {field.name for field in config_fields()}
         config = ServerConfig(**{name: value for name, value in given.items() if name in names})
-        warnings = [f"{flag} has no effect in Tokenmill" for _, flag in IGNORED_FLAGS if flag in given]
+        warnings = [_ignored(flag) for _, flag in IGNORED_FLAGS if flag in given]
         return ParsedCommand(config, warnings + check_config(config))
     except ConfigError as error:
         parser.error(str(error))
@@ -85,6 +85,11 @@ def shown_command(argv: Sequence[str]) -> list[str]:
         words.append("***" if hide_next else f"{name}=***" if equals and _is_secret(name) else word)
         hide_next = not hide_next and not equals and _is_secret(name)
     return words
+
+
+def _ignored(flag: str) -> str:
+    reason = WHY_IGNORED.get(flag)
+    return f"{flag} has no effect in Tokenmill" + (f": {reason}" if reason else "")
 
 
 def _is_secret(name: str) -> bool:

@@ -84,6 +84,9 @@ IGNORED_FLAGS: tuple[tuple[Kind, str], ...] = (
 )
 """Parsed, checked for their type, and otherwise ignored with a warning."""
 
+WHY_IGNORED = {"--trust-remote-code": "code that comes with a checkpoint is never run"}
+"""What the warning says beyond that the flag has no effect."""
+
 NOT_YET_FLAGS: tuple[tuple[Kind, str, str], ...] = (
     ("switch", "--enable-lora", "LoRA adapters"),
     ("strs", "--lora-paths", "LoRA adapters"),

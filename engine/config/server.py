@@ -8,6 +8,10 @@ import msgspec
 
 from engine.config.flags import Flag, json_object, token_count
 
+QUEUED_REQUESTS = 65536
+QUEUED_TOKENS = 8 << 20
+"""What may wait where the flags say nothing, so that memory is bounded."""
+
 
 class ConfigError(ValueError):
     """A setting that cannot be served. The message names the flag, the value and what is allowed."""
@@ -70,12 +74,37 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     incremental_streaming_output: Annotated[bool, Flag("streamed text, ids and logprobs are deltas")] = False
     allow_auto_truncate: Annotated[bool, Flag("cut over-long requests instead of refusing them")] = False
 
+    # Limits of what clients may ask for (docs/limits.md)
+    max_body_bytes: Annotated[int, Flag("most bytes of a request's body; beyond it 413", minimum=1)] = 64 << 20
+    max_open_streams: Annotated[int, Flag("most calls that are being answered; beyond it 503", minimum=1)] = 4096
+    request_timeout: Annotated[float | None, Flag("seconds that a request may take that names no timeout")] = None
+    stalled_stream_timeout: Annotated[
+        float, Flag("seconds that a client may leave its answer unread before it is hung up on")
+    ] = 300.0
+    request_read_timeout: Annotated[
+        float, Flag("seconds that the head of a request may take, and a pause in its body")
+    ] = 60.0
+    allowed_weights_root: Annotated[
+        list[str], Flag("folders from which weights may be updated; none: any", metavar="DIR")
+    ] = []
+
     # Scheduling, memory, cache
     mem_fraction_static: Annotated[
         float | None, Flag("share of the free memory that weights and KV pool may take, in (0, 1)")
     ] = None
     max_running_requests: Annotated[int | None, Flag("most requests that run at once", minimum=1)] = None
-    max_queued_requests: Annotated[int | None, Flag("most requests that wait; beyond it 503", minimum=1)] = None
+    max_queued_requests: Annotated[
+        int | None, Flag(f"most requests that wait; beyond it 503; default: {QUEUED_REQUESTS}", minimum=1)
+    ] = None
+    max_queued_tokens: Annotated[
+        int | None,
+        Flag(
+            f"most prompt tokens that wait; beyond it 503; default: {QUEUED_TOKENS}",
+            parse=token_count,
+            metavar="N",
+            minimum=1,
+        ),
+    ] = None
     max_total_tokens: Annotated[
         int | None, Flag("KV pool size in tokens", parse=token_count, metavar="N", minimum=1)
     ] = None

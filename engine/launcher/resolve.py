@@ -17,6 +17,7 @@ from engine.config import ConfigError, ModelFacts, ModelSource, ServerConfig
 from engine.config.checks import SERVED_POLICIES
 from engine.config.environment import switch
 from engine.config.run import PooledFacts
+from engine.config.server import QUEUED_REQUESTS, QUEUED_TOKENS
 from engine.kernels.cores import physical_cores
 
 JUDGE = 'answer can only be "yes" or "no"'
@@ -75,6 +76,9 @@ def _check_files(config: ServerConfig) -> None:
     ):
         if name is not None and not Path(name).is_file():
             raise ConfigError(f"argument {flag}: {name!r}: there is no such file")
+    for folder in config.allowed_weights_root:
+        if not Path(folder).is_dir():
+            raise ConfigError(f"argument --allowed-weights-root: {folder!r}: there is no such folder")
 
 
 def _check_load_format(config: ServerConfig, model: ModelSource) -> None:
@@ -132,6 +136,8 @@ def _filled_in(
         or (Path(model.path).name.partition(".")[0] if bundled else model.name),
         context_length=context_length,
         dtype=_dtype(config.dtype, model_config),
+        max_queued_requests=config.max_queued_requests or QUEUED_REQUESTS,
+        max_queued_tokens=config.max_queued_tokens or QUEUED_TOKENS,
         max_prefill_tokens=max(config.max_prefill_tokens, context_length),
         schedule_policy=config.schedule_policy if config.schedule_policy in SERVED_POLICIES else "fcfs",
         page_size=1,

@@ -29,6 +29,7 @@ class Admit(msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=True
     input_ids, output_ids: int32, little-endian; the latter was delivered by an earlier attempt.
     vector: answered by `to_frontend.Vectors` instead of tokens.
     suspect: at how many deaths of the scheduler it was in flight; it is tried alone before it joins the others.
+    probe: the server's own; the queue is never full for it.
     """
 
     key: int
@@ -43,6 +44,7 @@ class Admit(msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=True
     priority: int | None
     vector: VectorOptions | None = None
     suspect: int = 0
+    probe: bool = False
 
 
 class StartOver(msgspec.Struct, frozen=True, array_like=True, tag=True):

@@ -18,6 +18,7 @@ class Generate(msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=T
     text, input_ids: exactly one is set; ids are int32, little-endian.
     output_ids: what an earlier attempt has already delivered (int32), to go on behind.
     suspect: at how many deaths of the scheduler it was in flight.
+    probe: the server's own, to see whether it works.
     """
 
     key: int
@@ -32,6 +33,7 @@ class Generate(msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=T
     extra_key: str | None = None
     priority: int | None = None
     suspect: int = 0
+    probe: bool = False
 
 
 class Embed(msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=True):
@@ -50,6 +52,7 @@ class Embed(msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=True
     with_hidden: bool = False
     priority: int | None = None
     suspect: int = 0
+    probe: bool = False
 
 
 class Judge(msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=True):

@@ -47,6 +47,7 @@ def test_a_call_that_cannot_be_sent_leaves_no_entry(samples: int, caplog: pytest
         run = run_config("/nowhere", 1)
         frontend = SimpleNamespace(
             run=run, journal=journal, loop=asyncio.get_running_loop(), weight_version="w", check_open=lambda: None,
+            check_room=lambda _messages: None,
             desk=Desk(run, None, itertools.count(1).__next__, random.Random(0), journal.is_running),
         )  # fmt: skip
         scope = {"type": "http", "headers": [(b"content-type", b"application/json")]}

@@ -1,0 +1,130 @@
+"""Connections that do not go on: uvicorn has a limit only for those that are idle between two requests.
+
+A client owes us the rest of a head or body that it has begun, and has to read what it has asked for. Once a second all
+connections are looked at, and those that are behind are closed; a stream whose client is gone in this way is aborted
+like any other that was hung up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import resource
+from collections.abc import Iterable
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from engine.config import ServerConfig
+
+log = logging.getLogger(__name__)
+
+LARGEST_HEAD = 64 << 10
+"""Bytes of a request's line and headers."""
+WRITE_BUFFER = 64 << 10
+"""Bytes of an answer that wait here for a slow client; more of it is written only when these have left."""
+SPARE_FILES = 128
+"""Descriptors that are no connection's."""
+_SWEEP_SECONDS = 1.0
+
+
+class WatchedConnection(HttpToolsProtocol):
+    """Uvicorn's connection, which notes since when its client is behind.
+
+    most: connections that may be open. head_since: when the head began that is not whole; None between a head and the
+    next. heard_at: the newest bytes. stalled_since: when the client had last read, if it does not read.
+    """
+
+    most = 1 << 30
+    head_since: float | None = None
+    head_bytes = 0
+    heard_at = 0.0
+    stalled_since: float | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(high=WRITE_BUFFER)
+        self.head_since = self.heard_at = self.loop.time()
+        if len(self.connections) > self.most:
+            self._make_place()
+
+    def _make_place(self) -> None:
+        """Close the connection that has asked for nothing for the longest time: this one, if there is no other."""
+        idle = [one for one in self.connections if isinstance(one, WatchedConnection) and one.is_idle()]
+        oldest = min(idle, key=lambda one: one.heard_at)
+        log.warning("%d connections are open: closing the idle one of %s", len(self.connections), oldest.client)
+        oldest.transport.abort()
+
+    def is_idle(self) -> bool:
+        """Whether no request is being answered."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def data_received(self, data: bytes) -> None:
+        self.heard_at = self.loop.time()
+        in_head = self.head_since is not None
+        super().data_received(data)
+        if in_head and self.head_since is not None and not self.transport.is_closing():
+            self.head_bytes += len(data)
+            if self.head_bytes > LARGEST_HEAD:
+                self.send_400_response(f"The head of the request has more than {LARGEST_HEAD} bytes.")
+
+    def on_message_begin(self) -> None:
+        self.head_since = self.heard_at
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self.head_since = None
+        self.head_bytes = 0
+        super().on_headers_complete()
+
+    def pause_writing(self) -> None:
+        self.stalled_since = self.loop.time()
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        self.stalled_since = None
+        super().resume_writing()
+
+    def behind(self, now: float, server: ServerConfig) -> str | None:
+        """Why this connection is to be closed, if it is."""
+        if self.stalled_since is not None:
+            if now - self.stalled_since > server.stalled_stream_timeout:
+                return f"its client has read nothing for {server.stalled_stream_timeout:g} s"
+        elif self.head_since is not None:
+            if now - self.head_since > server.request_read_timeout:
+                return f"the head of its request was not whole within {server.request_read_timeout:g} s"
+        elif self._owes_body() and now - self.heard_at > server.request_read_timeout:
+            return f"nothing more of its request's body came within {server.request_read_timeout:g} s"
+        return None
+
+    def _owes_body(self) -> bool:
+        cycle = self.cycle
+        return cycle is not None and cycle.more_body and not self.flow.read_paused
+
+
+async def sweep(connections: Iterable[Any], server: ServerConfig) -> None:
+    """Close the connections that are behind, again and again."""
+    loop = asyncio.get_running_loop()
+    while True:
+        await asyncio.sleep(_SWEEP_SECONDS)
+        now = loop.time()
+        for connection in [one for one in connections if isinstance(one, WatchedConnection)]:
+            if (reason := connection.behind(now, server)) is not None:
+                log.info("closing the connection of %s: %s", connection.client, reason)
+                connection.transport.abort()
+
+
+def connection_class(server: ServerConfig) -> type[WatchedConnection]:
+    """The class of a server's connections, of which as many may be open as it has files for, and some that are idle
+    beside each that is being answered. Raises this process's limit of open files to what it may be."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    streams = server.max_open_streams
+    most = 2 * streams + SPARE_FILES
+    if hard != resource.RLIM_INFINITY and hard < most + SPARE_FILES:
+        most = max(1, hard - SPARE_FILES)
+        log.warning("of %d files that may be open (ulimit -Hn), %d may be connections", hard, most)
+        if most < streams:
+            log.warning("--max-open-streams %d is more than that: connections beyond are closed", streams)
+    return type("Connection", (WatchedConnection,), {"most": most})
