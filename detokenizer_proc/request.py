@@ -6,30 +6,32 @@ import logging
 
 from detokenizer_proc.incremental import StreamFactory
 from detokenizer_proc.stops import PatternTimeoutError, StopPatterns, StopStrings
+from engine.config.logs import about
 from engine.wire.results import Finish
 from engine.wire.to_detokenizer import NO_TOKEN, Opened
 
 logger = logging.getLogger(__name__)
 
 
-def internal_error(key: int, error: Exception) -> Finish:
+def internal_error(key: int, error: Exception, rid: str = "") -> Finish:
     """How a request ends whose decoding fails for a reason that is ours. Call it while handling `error`."""
-    logger.exception("decoding request %d failed", key)
+    logger.exception("decoding request %s (key %d) failed", rid, key, extra=about(rid))
     return Finish("abort", message=f"Internal error in the detokenizer: {type(error).__name__}: {error}", status=500)
 
 
 class RequestText:
     """The state of one request.
 
-    plain: it has no stops, so that a token whose text stands in the table needs nothing else.
+    rid: for the log. plain: it has no stops, so that a token whose text stands in the table needs nothing else.
     early: it has ended before its first row here (its text could not be restored); the next row says so.
     """
 
-    __slots__ = ("_held", "_no_stop_trim", "_patterns", "_stops", "attempt", "early", "key", "plain", "stream")
+    __slots__ = ("_held", "_no_stop_trim", "_patterns", "_stops", "attempt", "early", "key", "plain", "rid", "stream")
 
     def __init__(self, opened: Opened, streams: StreamFactory) -> None:
         options = opened.text_options
         self.key = opened.key
+        self.rid = opened.rid
         self.attempt = opened.attempt
         self.early: Finish | None = None
         self.stream = streams.open(
@@ -50,7 +52,7 @@ class RequestText:
                 if self.early is None:
                     _, self.early = self.advance(token, None)
         except Exception as error:
-            self.early = internal_error(self.key, error)
+            self.early = internal_error(self.key, error, self.rid)
 
     def advance(self, token: int, finish: Finish | None) -> tuple[str, Finish | None]:
         """Take one row: the new id, and why the scheduler ends the request (None: it goes on).

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 
 from detokenizer_proc.incremental import StreamFactory
 from detokenizer_proc.request import RequestText, internal_error
 from engine.checkpoints.tokenizer import Tokenizer, decode
+from engine.config.logs import about
 from engine.wire.results import Finish, InputLogprobs, TokenLogprobs
 from engine.wire.to_detokenizer import NO_TOKEN, Opened, StepOutput
 from engine.wire.to_frontend import Begun, TextStep
+
+logger = logging.getLogger(__name__)
 
 
 class StepDecoder:
@@ -74,6 +78,8 @@ class StepDecoder:
         return (_without(whole, dropped) if dropped else whole), ended
 
     def _open(self, opened: Opened) -> Begun:
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("request %s: first output", opened.rid, extra=about(opened.rid))
         self._requests[opened.key] = RequestText(opened, self._streams)
         texts = None
         self._with_texts.discard(opened.key)
@@ -82,8 +88,9 @@ class StepDecoder:
             if opened.input_logprobs is not None:
                 texts = self._texts_of(_input_ids(opened.input_logprobs))
         return Begun(
-            opened.key, opened.attempt, opened.prompt_tokens, opened.cached_tokens, opened.input_logprobs, texts
-        )
+            opened.key, opened.attempt, opened.prompt_tokens, opened.cached_tokens, opened.input_logprobs, texts,
+            opened.admitted_at,
+        )  # fmt: skip
 
     def _logprob_texts(self, step: StepOutput, dropped: set[int]) -> dict[int, dict[int, str]]:
         texts: dict[int, dict[int, str]] = {}
@@ -111,7 +118,7 @@ def _advance(request: RequestText, token: int, finish: Finish | None) -> tuple[s
     try:
         return request.advance(token, finish)
     except Exception as error:
-        return "", internal_error(request.key, error)
+        return "", internal_error(request.key, error, request.rid)
 
 
 def _output_ids(token: int, logprobs: TokenLogprobs) -> set[int]:

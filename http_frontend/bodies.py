@@ -87,6 +87,7 @@ class GenerateBody(msgspec.Struct, kw_only=True):
     no_logs: bool = False
     background: bool = False
     custom_labels: dict[str, Any] | None = None
+    return_timeline: bool = False
     image_data: Any = None
     video_data: Any = None
     audio_data: Any = None

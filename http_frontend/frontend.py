@@ -18,8 +18,12 @@ from engine.wire.weights import Paused, WeightsUpdated
 from http_frontend.defaults import read_preferred
 from http_frontend.errors import RefusedError
 from http_frontend.items import Desk
+from http_frontend.journal import Entry
+from http_frontend.metrics import Metrics
 from http_frontend.pulse import Pulse, WarmUpError, warm_up
+from http_frontend.request_log import open_request_log
 from http_frontend.ring import Ring
+from http_frontend.scheduler_state import StateWatch
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +37,7 @@ class Frontend:
 
     ended: resolves when a drain is over, or with the error that ends the process.
     run: the launch's, with the names of the model that serves now. paused: nothing is computed for now.
+    metrics: what is counted, whether or not `/metrics` shows it; only the times of tokens wait for --enable-metrics.
     warm: `/health` may be 200. startup_seconds: from the launch until then.
     """
 
@@ -48,6 +53,9 @@ class Frontend:
             seeds=random.Random(run.server.random_seed),
             is_running=self.journal.is_running,
         )
+        self.metrics = Metrics()
+        self.request_log = open_request_log(run.server)
+        self.watch = StateWatch(self.ring)
         self.weight_version = run.server.weight_version
         self.paused = False
         self.warm = False
@@ -65,6 +73,10 @@ class Frontend:
         self.ring.on_serving = self._serving
         self.ring.on_drain = lambda message: self._spawn(self._drain(message))
         self.ring.on_weights = self._weights
+        self.ring.on_state = self.watch.take
+        self.journal.on_entered = self.request_log.received
+        self.journal.on_ended = self._left
+        self.journal.token_times = self.metrics if self.run.server.enable_metrics else None
         self.ring.on_failure = self._fail
         self.ring.open(loop)
 
@@ -77,6 +89,11 @@ class Frontend:
         """Raise the 503 of a server that is about to leave."""
         if self.draining:
             raise RefusedError("D", "The server is shutting down.", 503)
+
+    def _left(self, entry: Entry) -> None:
+        """An entry has left the journal."""
+        self.metrics.ended(entry)
+        self.request_log.ended(entry)
 
     def _spawn(self, work: Any) -> None:
         task: asyncio.Task[None] = self.loop.create_task(work)

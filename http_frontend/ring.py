@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import zmq
 
 from engine.wire.lifecycle import Drain, Serving, ToLauncher, Warm
+from engine.wire.operation import Profile, Profiled, SlowDown, Tune
 from engine.wire.sockets import Inbox, Outbox
 from engine.wire.to_detokenizer import Detokenize, ToDetokenizer
 from engine.wire.to_frontend import (
@@ -32,8 +33,8 @@ from http_frontend.journal import Journal
 
 log = logging.getLogger(__name__)
 
-Answer = Flushed | State | ExpertsRecorded | WeightsUpdated | WeightRows | Paused | Tokenized | Detokenized
-Question = Tokenize | FlushCache | QueryState | RecordExperts | WeightControl | Detokenize
+Answer = Flushed | State | ExpertsRecorded | WeightsUpdated | WeightRows | Paused | Tokenized | Detokenized | Profiled
+Question = Tokenize | FlushCache | QueryState | RecordExperts | WeightControl | Detokenize | Profile
 A = TypeVar("A", bound=Answer)
 
 
@@ -42,6 +43,7 @@ class Ring:
 
     on_scheduler: called after any message that the scheduler has caused. on_serving, on_drain: the launcher's word.
     on_weights: called with what the scheduler says of the weights and of pauses, before the call that waits for it.
+    on_state: called with every state of the scheduler, whoever asked for it.
     on_failure: called when a message cannot be read or applied, which is a bug: nothing can be trusted any more.
     """
 
@@ -58,6 +60,7 @@ class Ring:
         self.on_serving: Callable[[Serving], None] = _ignore
         self.on_drain: Callable[[Drain], None] = _ignore
         self.on_weights: Callable[[WeightsUpdated | Paused], None] = _ignore
+        self.on_state: Callable[[State], None] = _ignore
         self.on_failure: Callable[[BaseException], None] = _ignore
 
     def next_key(self) -> int:
@@ -85,6 +88,10 @@ class Ring:
     def nudge(self) -> None:
         """Ask the scheduler for its state, for the sake of `on_scheduler` alone: nobody waits for the answer."""
         self._tokenizer.send(QueryState(self.next_key()))
+
+    def tell(self, message: Tune | SlowDown) -> None:
+        """Send a control message that nobody answers."""
+        self._tokenizer.send(message)
 
     async def ask(self, message: Question, answer: type[A]) -> A:
         """Send a control message and wait for its answer, as long as it takes."""
@@ -130,8 +137,10 @@ class Ring:
                     self.on_scheduler()
             case (
                 Flushed() | State() | ExpertsRecorded() | WeightsUpdated() | WeightRows() | Paused()
-                | Tokenized() | Detokenized()
+                | Tokenized() | Detokenized() | Profiled()
             ):  # fmt: skip
+                if isinstance(message, State):
+                    self.on_state(message)
                 if isinstance(message, WeightsUpdated | Paused):
                     self.on_weights(message)
                 future = self._waiting.get(message.key)

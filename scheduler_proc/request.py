@@ -38,6 +38,7 @@ class Request:
     slots: int32 buffer; the first `computed` hold the slots of tokens whose KV is in the pool. The radix tree
     owns the first `tree_owned` of them (path locked at `node`), the request the rest.
     number: order of arrival; the youngest has the largest.
+    arrived_at, started_at: for its time limits, which pauses do not count against; admitted_at: when it began.
     """
 
     admit: Admit
@@ -58,6 +59,7 @@ class Request:
     output_counts: dict[int, int] | None = None
     arrived_at: float = field(default_factory=time.monotonic)
     started_at: float | None = None
+    admitted_at: float = 0.0
 
     @property
     def key(self) -> int:

@@ -10,7 +10,9 @@ from typing import Any
 import msgspec
 
 from engine.checkpoints.task import Task
+from engine.config.logs import about
 from engine.kernels.table import Backend
+from engine.wire.operation import Profile, SlowDown, Tune
 from engine.wire.results import Finish
 from engine.wire.sockets import Inbox, Outbox
 from engine.wire.to_detokenizer import NO_TOKEN, ToDetokenizer
@@ -19,6 +21,7 @@ from engine.wire.to_scheduler import Abort, Admit, FlushCache, QueryState, Recor
 from engine.wire.weights import PauseGeneration, WeightControl
 from scheduler_proc.generation import Generation
 from scheduler_proc.kv_memory import InvariantError
+from scheduler_proc.operation import Operation
 from scheduler_proc.outputs import StepRows
 from scheduler_proc.planner import Extend, Planner
 from scheduler_proc.request import Request, new_request
@@ -83,8 +86,10 @@ class Scheduler:
     updates: WeightUpdates | None = None
     first_version: str = "default"
     generation: Generation = field(init=False)
+    operation: Operation = field(init=False)
 
     def __post_init__(self) -> None:
+        self.operation = Operation(self.runner.program, self.planner, self.outbox)
         self.generation = Generation(self.planner, self.requests, self.outbox, self.first_version, self.updates)
 
     @property
@@ -107,10 +112,11 @@ class Scheduler:
         if self.requests and not self.generation.halted:
             self.step()
         self._answer_flushes()
+        self.operation.answer()
 
     def _rest(self) -> None:
         """Wait for a message; not for long where something else may happen as well."""
-        if self.requests or self.flushes or self.generation.updating:
+        if self.requests or self.flushes or self.generation.updating or self.operation.busy:
             self.inbox.wait(PATIENCE)
         else:
             self.idle()
@@ -141,6 +147,8 @@ class Scheduler:
                 self.outbox.send(State(key, self.state()))
             case RecordExperts(key, action):
                 self.outbox.send(ExpertsRecorded(key, self._record_experts(action)))
+            case Tune() | SlowDown() | Profile():
+                self.operation.handle(message)
             case _:
                 self._control(message)
 
@@ -151,27 +159,33 @@ class Scheduler:
 
     def step(self) -> None:
         """Plan and run one step, and send what it produced."""
+        self.operation.begin_step()
         rows = StepRows()
         self._expire(rows)
         plan, hopeless = self.planner.plan()
+        self.operation.mark("plan")
         for request in hopeless:
             del self.requests[request.key]
             rows.add(request, finish=Finish("abort", message=OUT_OF_MEMORY, status=500))
         if plan:
+            self.statistics.begin(plan)
             started = time.perf_counter()
             logits, requests = self.runner.run(plan)
+            self.operation.mark("forward")
             if self.settings.task.kind != "generation":
                 self._store_prefills(plan)
                 self._emit_vectors(requests, logits)
                 self.statistics.step(plan, 0, time.perf_counter() - started, self.planner)
             else:
                 sampled = self._sample(logits, requests)
+                self.operation.mark("sample")
                 self._store_prefills(plan)
                 for request, row in zip(requests, sampled, strict=True):
                     self._emit(request, row, rows)
                 self.statistics.step(plan, len(sampled), time.perf_counter() - started, self.planner)
         if rows.keys:
             self.outbox.send(rows.message(self.weight_version))
+        self.operation.end_step(plan)
 
     def state(self) -> dict[str, Any]:
         """The scheduler's part of `/server_info`, and the counts that health and load routes need."""
@@ -184,6 +198,7 @@ class Scheduler:
             "num_cached_tokens": usage.cached,
             "num_free_tokens": usage.free,
             "num_retractions": self.planner.preemptions,
+            **self.statistics.report(self.planner),
         }
 
     def _record_experts(self, action: str) -> str | None:
@@ -217,7 +232,8 @@ class Scheduler:
                     400,
                 )
                 return
-            logger.warning("Request %s: prompt cut from %d to %d tokens", admit.rid, prompt_length, limit - 1)
+            cut = "Request %s: prompt cut from %d to %d tokens"
+            logger.warning(cut, admit.rid, prompt_length, limit - 1, extra=about(admit.rid))
             admit = msgspec.structs.replace(admit, input_ids=admit.input_ids[: 4 * (limit - 1)])
         if (admit.vector is None) != (self.settings.task.kind == "generation"):
             self._refuse(admit, f"This server's model is served for {self.settings.task.kind} only.", 400)
@@ -248,6 +264,9 @@ class Scheduler:
             self._end_waiting(last, Finish("abort", message=OUTRANKED, status=503))
         waiting.append(request)
         self.requests[request.key] = request
+        if logger.isEnabledFor(logging.DEBUG):
+            rid = request.admit.rid
+            logger.debug("request %s waits: %d tokens", rid, request.length, extra=about(rid))
         return True
 
     def _refuse(self, admit: Admit, message: str, status: int) -> None:
@@ -272,6 +291,9 @@ class Scheduler:
     def _drop(self, request: Request) -> None:
         """Forget a request, wherever it is."""
         del self.requests[request.key]
+        if logger.isEnabledFor(logging.DEBUG):
+            rid = request.admit.rid
+            logger.debug("request %s leaves after %d new tokens", rid, request.generated, extra=about(rid))
         if request in self.planner.running:
             self.planner.finish(request)
         else:

@@ -6,6 +6,7 @@ import logging
 from array import array
 
 from engine.checkpoints.tokenizer import Tokenizer, encode
+from engine.config.logs import about
 from engine.wire.results import Finish
 from engine.wire.to_frontend import Accepted, Ended
 from engine.wire.to_scheduler import Admit
@@ -13,6 +14,7 @@ from engine.wire.to_tokenizer import Embed, Generate, Judge
 from tokenizer_proc.embedding import admit_embed
 from tokenizer_proc.judging import question
 from tokenizer_proc.prompt_ids import need, pack, unpack
+from tokenizer_proc.replies import accepted
 from tokenizer_proc.validation import (
     Bounds,
     RefusalError,
@@ -46,7 +48,7 @@ def admit(
         finish = Finish("abort", message=str(refusal), status=400)
         return Ended(message.key, message.attempt, finish, refusal.origin)
     except Exception as error:
-        logger.exception("admitting request %s failed", message.rid)
+        logger.exception("admitting request %s failed", message.rid, extra=about(message.rid))
         text = f"Internal error while admitting request {message.rid}: {type(error).__name__}: {error}"
         return Ended(message.key, message.attempt, Finish("abort", message=text, status=500), "scheduler")
 
@@ -62,7 +64,10 @@ def _admit(message: Generate, tokenizer: Tokenizer | None, bounds: Bounds) -> tu
         wanted = room if sampling.max_new_tokens is None else sampling.max_new_tokens
         check_logprobs(message.logprobs, kept, min(wanted, room), bounds.vocab_size)
     for cut in cuts:
-        logger.warning("request %s does not fit the context of %d tokens: %s", message.rid, bounds.context_length, cut)
+        logger.warning(
+            "request %s does not fit the context of %d tokens: %s", message.rid, bounds.context_length, cut,
+            extra=about(message.rid),
+        )  # fmt: skip
     packed = pack(ids[:kept] if kept < len(ids) else ids)
     admitted = Admit(
         key=message.key,
@@ -76,7 +81,7 @@ def _admit(message: Generate, tokenizer: Tokenizer | None, bounds: Bounds) -> tu
         extra_key=message.extra_key,
         priority=message.priority,
     )
-    return Accepted(message.key, message.attempt, packed), admitted
+    return accepted(message, packed), admitted
 
 
 def _prompt_ids(message: Generate, tokenizer: Tokenizer | None) -> array[int]:

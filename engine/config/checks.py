@@ -93,6 +93,8 @@ def _check_numbers(config: ServerConfig, fields: dict[str, ConfigField]) -> None
         raise _refuse(fields["chunked_prefill_size"], 0, "must be at least 1, or -1 for no chunking")
     if config.expert_distribution_recorder_buffer_size == 0:
         raise _refuse(fields["expert_distribution_recorder_buffer_size"], 0, "must be at least 1, or -1 for no limit")
+    if "" in config.log_requests_target:
+        raise _refuse(fields["log_requests_target"], "", "must be stdout or a folder")
     if config.drain_timeout == float("inf"):
         raise _refuse(fields["drain_timeout"], config.drain_timeout, "must be finite")
 

@@ -14,7 +14,7 @@ from typing import Any
 import zmq
 from setproctitle import setproctitle
 
-from engine.config import RunConfig, read_run_config
+from engine.config import ConfigError, RunConfig, read_run_config
 from engine.config.logs import set_up_logging
 from engine.wire.lifecycle import Limits, Ready, ToLauncher
 from engine.wire.sockets import Outbox
@@ -42,7 +42,10 @@ def begin(config_path: Path, name: str) -> RunConfig:
     _end_with_parent(config.launcher_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     setproctitle(f"tokenmill: {name}")
-    set_up_logging(config.server.log_level, name)
+    try:
+        set_up_logging(config.server.log_level, name, config.server.log_format)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
     return config
 
 

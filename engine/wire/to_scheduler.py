@@ -7,6 +7,7 @@ from typing import Literal
 
 import msgspec
 
+from engine.wire.operation import OperationControl
 from engine.wire.sampling import LogprobOptions, Sampling, TextOptions
 from engine.wire.weights import WeightControl
 
@@ -81,5 +82,5 @@ class StopSeen(msgspec.Struct, frozen=True, array_like=True, tag=True):
     keys: list[int]
 
 
-Control = Abort | FlushCache | QueryState | RecordExperts | WeightControl
+Control = Abort | FlushCache | QueryState | RecordExperts | WeightControl | OperationControl
 ToScheduler = Admit | Control | StopSeen

@@ -23,6 +23,7 @@ from fake_messages import Running, begun_of, fake_logprob, rows_of, text_of, tex
 from engine.config import ModelFacts, ModelSource, RunConfig, ServerConfig, write_run_config
 from engine.config.run import PooledFacts
 from engine.wire.lifecycle import Drain, Limits, Ready, Serving, ToLauncher, Warm
+from engine.wire.operation import Profile, Profiled
 from engine.wire.results import Finish, TokenLogprobs
 from engine.wire.sockets import Inbox, Outbox
 from engine.wire.to_detokenizer import NO_TOKEN, Detokenize, ToDetokenizer
@@ -83,6 +84,8 @@ class FakeRing:
         self.seen: list[Any] = []
         self.running: dict[int, Running] = {}
         self.weight_version = "default"
+        self.state: dict[str, Any] = {"last_gen_throughput": 1.5}
+        self.profiling = False
         self.launcher_seen: list[ToLauncher] = []
         self.changed = threading.Condition()
         self._outgoing: list[ToFrontend] = []
@@ -153,7 +156,11 @@ class FakeRing:
             case FlushCache():
                 self.frontend.send(Flushed(message.key, not self.running))
             case QueryState():
-                self.frontend.send(State(message.key, {"last_gen_throughput": 1.5}))
+                self.frontend.send(State(message.key, self.state))
+            case Profile():
+                error = "cannot" if self.profiling == (message.action == "start") else None
+                self.profiling = message.action == "start"
+                self.frontend.send(Profiled(message.key, error))
             case RecordExperts():
                 self.frontend.send(ExpertsRecorded(message.key))
             case Tokenize():
@@ -207,7 +214,7 @@ class FakeRing:
             prompt.frombytes(message.input_ids)
         else:
             prompt.extend(ord(letter) for text in texts for letter in text)
-        self.frontend.send(Accepted(message.key, message.attempt, prompt.tobytes()))
+        self.frontend.send(Accepted(message.key, message.attempt, prompt.tobytes(), time.monotonic()))
         self.running[message.key] = Running(message, prompt.tolist())
 
     def _step(self) -> None:
