@@ -12,6 +12,7 @@ import msgspec
 import zmq
 
 from engine.config import RunConfig
+from engine.config.logs import about
 from engine.wire.lifecycle import Drain, Limits, Serving
 from engine.wire.results import Finish
 from engine.wire.weights import Paused, WeightsUpdated
@@ -74,7 +75,7 @@ class Frontend:
         self.ring.on_drain = lambda message: self._spawn(self._drain(message))
         self.ring.on_weights = self._weights
         self.ring.on_state = self.watch.take
-        self.journal.on_entered = self.request_log.received
+        self.journal.on_entered = self._entered
         self.journal.on_ended = self._left
         self.journal.token_times = self.metrics if self.run.server.enable_metrics else None
         self.ring.on_failure = self._fail
@@ -90,8 +91,18 @@ class Frontend:
         if self.draining:
             raise RefusedError("D", "The server is shutting down.", 503)
 
+    def _entered(self, entry: Entry) -> None:
+        """An entry has come into the journal."""
+        if log.isEnabledFor(logging.DEBUG):
+            rid = entry.message.rid
+            log.debug("request %s received (key %d)", rid, entry.key, extra=about(rid))
+        self.request_log.received(entry)
+
     def _left(self, entry: Entry) -> None:
         """An entry has left the journal."""
+        if log.isEnabledFor(logging.DEBUG):
+            rid, how = entry.message.rid, "its client has gone" if entry.finish is None else entry.finish.kind
+            log.debug("request %s ends: %s, %d new tokens", rid, how, len(entry.output_ids), extra=about(rid))
         self.metrics.ended(entry)
         self.request_log.ended(entry)
 
