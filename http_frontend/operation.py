@@ -87,8 +87,6 @@ class Operation:
             raise invalid(f"log_requests_format must be text or json, got {asked.log_requests_format!r}.")
         if level is not None:
             set_level(level)
-            if self._frontend.run.server.log_level_http is None:
-                logging.getLogger("uvicorn.access").setLevel(level.upper())
             self._frontend.ring.tell(Tune(log_level=level))
         requests.on = requests.on if asked.log_requests is None else asked.log_requests
         requests.level = requests.level if asked.log_requests_level is None else asked.log_requests_level
