@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,10 @@ import pytest
 from fake_ring import Live, call, live_frontend
 
 from engine.wire.operation import Profile, SlowDown, Tune
+from engine.wire.results import Finish
+from engine.wire.to_tokenizer import Embed
+from http_frontend.journal import Entry, nothing_to_do
+from http_frontend.request_log import RequestLog
 
 SECRET = "a prompt that nobody else is to read"
 
@@ -128,3 +134,18 @@ def test_only_slow_requests_are_logged_where_that_is_wanted(tmp_path: Path, monk
             time.sleep(0.02)
         (line,) = lines(tmp_path)
         assert (line["event"], line["rid"], line["out"]["finish_reason"]) == ("request.finished", "slow", "disconnect")
+
+
+def test_lines_of_text_and_of_entries_that_are_nobodys(caplog: pytest.LogCaptureFixture) -> None:
+    log = RequestLog(on=True, level=2, form="text", slower_than=0.0, logger=logging.getLogger("of.a.test"))
+    embed = Embed(key=1, attempt=0, rid="e", text=None, pair=None, input_ids=array("i", [7, 8]).tobytes())
+    entry = Entry(embed, nothing_to_do)
+    with caplog.at_level(logging.INFO, "of.a.test"):
+        log.received(entry)
+        entry.finish, entry.prompt_tokens, entry.finished = Finish("length", length=0), 2, entry.arrived + 0.5
+        log.ended(entry)
+        log.received(Entry(embed, nothing_to_do, probe=True))
+    received, finished = caplog.records
+    assert received.getMessage() == "Receive: rid=e, obj=(kind='embed', text=None, input_ids=[7, 8])"
+    assert finished.getMessage().startswith("Finish: rid=e, obj=(") and "prompt_tokens=2" in finished.getMessage()
+    assert received.rid == "e"  # type: ignore[attr-defined]
