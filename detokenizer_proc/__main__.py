@@ -13,11 +13,13 @@ from engine.checkpoints.errors import CheckpointError
 from engine.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from engine.config import RunConfig
 from engine.wire.board import BEATS, Heart
+from engine.wire.operation import Tune
 from engine.wire.process import arguments, begin, report_ready
 from engine.wire.sockets import Inbox, Outbox
 from engine.wire.to_detokenizer import Detokenize, StepOutput, ToDetokenizer
 from engine.wire.to_frontend import Ended, StartedOver, ToFrontend
 from engine.wire.to_scheduler import StopSeen, ToScheduler
+from engine.wire.tuning import tune
 
 
 def main() -> None:
@@ -49,6 +51,8 @@ def main() -> None:
                     frontend.send(step)
             elif isinstance(message, Detokenize):
                 frontend.send(detokenized(message, tokenizer, config.facts.vocab_size))
+            elif isinstance(message, Tune):
+                tune(message)
             else:
                 if isinstance(message, Ended):
                     decoder.forget(message.key)

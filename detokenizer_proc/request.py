@@ -34,6 +34,7 @@ class RequestText:
     def __init__(self, opened: Opened, streams: StreamFactory) -> None:
         options = opened.text_options
         self.key = opened.key
+        self.rid = opened.rid
         self.attempt = opened.attempt
         self.rid = opened.rid
         self.early: Finish | None = None

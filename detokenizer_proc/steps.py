@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 
 from detokenizer_proc.incremental import StreamFactory
 from detokenizer_proc.request import RequestText, decoding_failed
 from engine.checkpoints.tokenizer import Tokenizer, decode
 from engine.config import faults
+from engine.config.logs import about
 from engine.wire.results import Finish, InputLogprobs, TokenLogprobs
 from engine.wire.to_detokenizer import NO_TOKEN, Opened, StepOutput
 from engine.wire.to_frontend import Begun, TextStep
+
+logger = logging.getLogger(__name__)
 
 
 class StepDecoder:
@@ -81,6 +85,8 @@ class StepDecoder:
         return (_without(whole, dropped) if dropped else whole), ended
 
     def _open(self, opened: Opened) -> Begun:
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("request %s: first output", opened.rid, extra=about(opened.rid))
         request = self._requests[opened.key] = RequestText(opened, self._streams)
         texts = None
         self._with_texts.discard(opened.key)
@@ -89,8 +95,9 @@ class StepDecoder:
             if opened.input_logprobs is not None:
                 texts = self._try_texts(request, _input_ids(opened.input_logprobs))
         return Begun(
-            opened.key, opened.attempt, opened.prompt_tokens, opened.cached_tokens, opened.input_logprobs, texts
-        )
+            opened.key, opened.attempt, opened.prompt_tokens, opened.cached_tokens, opened.input_logprobs, texts,
+            opened.admitted_at,
+        )  # fmt: skip
 
     def _logprob_texts(self, step: StepOutput) -> dict[int, dict[int, str]]:
         """By row. A request whose texts fail has `early` set, and so ends with this step."""

@@ -16,6 +16,7 @@ from engine.wire.to_tokenizer import Generate
 from http_frontend.errors import RefusedError
 from http_frontend.journal import Entry
 from http_frontend.logprobs import LogprobLists
+from http_frontend.timeline import timing_fields
 
 _encode = msgspec.json.encode
 
@@ -36,6 +37,7 @@ class AnswerStyle(msgspec.Struct, frozen=True, kw_only=True):
     with_text: false with --skip-tokenizer-init. with_prompt: add `prompt_token_ids`.
     incremental: text, ids and output logprobs are deltas. indexed: a stream of several items, so chunks carry `index`.
     weight_version: of the weights that served when the call came, for items that nothing was computed of.
+    with_timeline, with_timings: what `meta_info` has of an ended item's times.
     """
 
     with_text: bool
@@ -43,6 +45,8 @@ class AnswerStyle(msgspec.Struct, frozen=True, kw_only=True):
     incremental: bool
     indexed: bool
     weight_version: str
+    with_timeline: bool = False
+    with_timings: bool = False
 
 
 class Writer:
@@ -53,6 +57,8 @@ class Writer:
         generate = entry.message
         assert isinstance(generate, Generate)
         self._entry = entry
+        self._style = style
+        self._with_times = style.with_timeline or style.with_timings
         self._incremental = style.incremental
         self._with_text = style.with_text
         self._with_prompt = style.with_prompt
@@ -98,6 +104,9 @@ class Writer:
         extra = b"" if self._logprobs is None else self._logprobs.fields()
         if finish is not None:
             extra += b',"e2e_latency":%.6f' % (entry.finished - entry.arrived)
+            if self._with_times:
+                style = self._style
+                extra += timing_fields(entry, with_timeline=style.with_timeline, with_timings=style.with_timings)
         if self._first:
             extra += b',"response_sent_to_client_ts":%.6f' % time.time()
             self._first = False

@@ -25,6 +25,8 @@ from http_frontend.generate import GenerateEndpoint
 from http_frontend.guard import Guard
 from http_frontend.health import Health
 from http_frontend.info import Info
+from http_frontend.loads import Loads
+from http_frontend.operation import Operation
 from http_frontend.rerank import plan_rerank
 from http_frontend.score import plan_score
 from http_frontend.text import Text
@@ -91,6 +93,8 @@ def _routes(frontend: Frontend) -> list[Route]:
         _route("/v1/detokenize", text.detokenize, "POST"),
         _route("/", info.root, "GET", "HEAD"),
         *_weight_routes(WeightRoutes(frontend)),
+        *_operation_routes(Operation(frontend)),
+        *_load_routes(frontend),
     ]
 
 
@@ -103,6 +107,28 @@ def _weight_routes(weights: WeightRoutes) -> list[Route]:
         _route("/pause_generation", weights.pause, "POST"),
         _route("/continue_generation", weights.resume, "POST"),
     ]
+
+
+def _operation_routes(operation: Operation) -> list[Route]:
+    return [
+        _route("/configure_logging", operation.configure_logging, "GET", "POST"),
+        _route("/start_profile", operation.start_profile, "GET", "POST"),
+        _route("/stop_profile", operation.stop_profile, "GET", "POST"),
+        _route("/freeze_gc", operation.freeze_gc, "GET", "POST"),
+        _route("/slow_down", operation.slow_down, "GET", "POST"),
+        _route("/set_internal_state", operation.set_internal_state, "POST", "PUT"),
+        _route("/set_trace_level", operation.set_trace_level, "GET", "POST"),
+    ]
+
+
+def _load_routes(frontend: Frontend) -> list[Route]:
+    loads = Loads(frontend)
+    routes = [_route("/v1/loads", loads.loads, "GET"), _route("/get_load", loads.loads, "GET")]
+    if frontend.run.server.enable_metrics:
+        from http_frontend.metrics_page import MetricsPage  # its library is loaded only where it is wanted
+
+        routes.append(_route("/metrics", MetricsPage(frontend).page, "GET"))
+    return routes
 
 
 def _route(path: str, endpoint: Callable[..., Any], *methods: str) -> Route:

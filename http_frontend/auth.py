@@ -23,6 +23,13 @@ ADMIN_PATHS = frozenset(
         "/start_expert_distribution_record",
         "/stop_expert_distribution_record",
         "/dump_expert_distribution_record",
+        "/configure_logging",
+        "/start_profile",
+        "/stop_profile",
+        "/freeze_gc",
+        "/slow_down",
+        "/set_internal_state",
+        "/set_trace_level",
     }
 )
 """Routes that the admin key guards."""

@@ -88,6 +88,7 @@ class GenerateBody(msgspec.Struct, kw_only=True):
     background: bool = False
     custom_labels: dict[str, Any] | None = None
     timeout: float | None = None
+    return_timeline: bool = False
     image_data: Any = None
     video_data: Any = None
     audio_data: Any = None

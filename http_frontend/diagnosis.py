@@ -130,6 +130,7 @@ def _sampling(value: Any) -> bool:
 _PLAIN_BOOLEANS = (
     "stream", "return_text_in_logprobs", "return_prompt_token_ids", "return_routed_experts", "return_entropy",
     "return_flat_raw_top_logprobs", "require_reasoning", "log_metrics", "no_logs", "background",
+    "return_timeline",
 )  # fmt: skip
 _TEXTS = ("rid",)
 _TEXTS_OR_NULLS = ("lora_path", "custom_logit_processor", "extra_key", "cache_salt")

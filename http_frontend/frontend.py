@@ -14,6 +14,7 @@ import msgspec
 import zmq
 
 from engine.config import RunConfig
+from engine.config.logs import about
 from engine.wire.lifecycle import Drain, FromLauncher, GiveUp, Limits, Lost, Serving
 from engine.wire.results import Finish
 from engine.wire.to_frontend import StartedOver
@@ -21,10 +22,13 @@ from engine.wire.weights import Paused, WeightsUpdated
 from http_frontend.defaults import read_preferred
 from http_frontend.errors import RefusedError
 from http_frontend.items import Desk
-from http_frontend.journal import Request
+from http_frontend.journal import Entry, Request
+from http_frontend.metrics import Metrics
 from http_frontend.pulse import Pulse, WarmUpError, warm_up
 from http_frontend.replay import blame
+from http_frontend.request_log import open_request_log
 from http_frontend.ring import Ring
+from http_frontend.scheduler_state import StateWatch
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +42,7 @@ class Frontend:
 
     ended: resolves when a drain is over, or with the error that ends the process.
     run: the launch's, with the names of the model that serves now. paused: nothing is computed for now.
+    metrics: what is counted, whether or not `/metrics` shows it; only the times of tokens wait for --enable-metrics.
     warm: `/health` may be 200. startup_seconds: from the launch until then.
     stop_accepting: called when a drain leaves new connections to the next server.
     epoch: the newest that the launcher has told. lost: processes that are dead and not replaced yet.
@@ -56,6 +61,9 @@ class Frontend:
             seeds=random.Random(run.server.random_seed),
             is_running=self.journal.is_running,
         )
+        self.metrics = Metrics()
+        self.request_log = open_request_log(run.server)
+        self.watch = StateWatch(self.ring)
         self.weight_version = run.server.weight_version
         self.paused = False
         self.warm = False
@@ -78,6 +86,10 @@ class Frontend:
         self.ring.on_scheduler = self.pulse.beat
         self.ring.on_launcher = self._hear
         self.ring.on_weights = self._weights
+        self.ring.on_state = self.watch.take
+        self.journal.on_entered = self._entered
+        self.journal.on_ended = self._left
+        self.journal.token_times = self.metrics if self.run.server.enable_metrics else None
         self.ring.on_failure = self._fail
         self.ring.open(loop)
         if self.reborn:
@@ -98,6 +110,21 @@ class Frontend:
         """Raise the 503 of a server whose queue has no room for these."""
         running = self.limits.result().max_running_requests if self.limits.done() else 0
         self.journal.room.check(messages, self.run.server, running, paused=self.paused)
+
+    def _entered(self, entry: Entry) -> None:
+        """An entry has come into the journal."""
+        if log.isEnabledFor(logging.DEBUG):
+            rid = entry.message.rid
+            log.debug("request %s received (key %d)", rid, entry.key, extra=about(rid))
+        self.request_log.received(entry)
+
+    def _left(self, entry: Entry) -> None:
+        """An entry has left the journal."""
+        if log.isEnabledFor(logging.DEBUG):
+            rid, how = entry.message.rid, "its client has gone" if entry.finish is None else entry.finish.kind
+            log.debug("request %s ends: %s, %d new tokens", rid, how, len(entry.output_ids), extra=about(rid))
+        self.metrics.ended(entry)
+        self.request_log.ended(entry)
 
     def _spawn(self, work: Any) -> None:
         task: asyncio.Task[None] = self.loop.create_task(work)

@@ -26,6 +26,7 @@ from http_frontend.errors import RefusedError, error_response, unreadable
 from http_frontend.frontend import Frontend
 from http_frontend.items import Plan, plan_call
 from http_frontend.journal import NEVER, Entry, Journal, nothing_to_do
+from http_frontend.metrics import count_body, count_refusal
 
 _STREAM_START: Message = {
     "type": "http.response.start",
@@ -58,10 +59,12 @@ class GenerateEndpoint:
             body = await read_body(receive)
         except ClientGoneError:
             return
+        count_body(self._frontend.metrics, len(body))
         try:
             self._frontend.check_open()
             request = read_generate(body, content_type(scope["headers"]))
         except RefusedError as refused:
+            count_refusal(self._frontend.metrics, refused)
             await error_response(refused)(scope, receive, send)
             return
         try:
@@ -77,6 +80,7 @@ class GenerateEndpoint:
         self, refused: RefusedError, request: GenerateBody, scope: Scope, receive: Receive, send: Send
     ) -> None:
         """Shapes B and C are plain answers; the rest is told a stream as an event (§7.5)."""
+        count_refusal(self._frontend.metrics, refused)
         if not request.stream or refused.shape == "C":
             await error_response(refused)(scope, receive, send)
             return
@@ -92,6 +96,8 @@ class GenerateEndpoint:
             incremental=request.stream and server.incremental_streaming_output,
             indexed=request.stream and many,
             weight_version=self._frontend.weight_version,
+            with_timeline=request.return_timeline,
+            with_timings=server.enable_metrics,
         )
 
     async def _run(self, plan: Plan, request: GenerateBody, scope: Scope, receive: Receive, send: Send) -> None:
@@ -103,7 +109,7 @@ class GenerateEndpoint:
         watcher = frontend.loop.create_task(watch(receive, call))
         deadline = set_deadline(call, request.timeout, frontend.run.server, frontend.journal, frontend.loop)
         try:
-            start_call(call, plan, request.stream, frontend.journal)
+            start_call(call, plan, request.stream, frontend.journal, quiet=request.no_logs)
             if request.stream:
                 await send(_STREAM_START)
                 begun = True
@@ -127,13 +133,18 @@ class GenerateEndpoint:
             frontend.journal.forget(call.warmers + call.entries)
 
 
-def start_call(call: Call, plan: Plan, stream: bool, journal: Journal) -> None:
-    """Put the plan's items into the journal: at once, or for n > 1 behind the request that computes their prompt."""
+def start_call(call: Call, plan: Plan, stream: bool, journal: Journal, *, quiet: bool = False) -> None:
+    """Put the plan's items into the journal: at once, or for n > 1 behind the request that computes their prompt.
+
+    quiet: they are not to be logged.
+    """
     due = 1 if stream else NEVER
     call.entries = [
         Entry(item.generate, call.notify, due=due, index=index, asked_rid=item.asked_rid)
         for index, item in enumerate(plan.items)
     ]
+    for entry in call.entries if quiet else ():
+        entry.quiet = True
     if not plan.warmers:
         journal.submit(call.entries)
         return

@@ -118,7 +118,6 @@ def _resolved_flags(run: RunConfig, limits: Limits) -> dict[str, Any]:
         "max_total_tokens": limits.max_total_num_tokens,
         "page_size": run.server.page_size or 1,
         "speculative_algorithm": None,
-        "enable_metrics": False,
     }
 
 

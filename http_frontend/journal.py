@@ -13,7 +13,7 @@ import sys
 import time
 from array import array
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 from engine.wire.failures import internal_error
 from engine.wire.results import Finish, InputLogprobs, TokenLogprobs
@@ -50,13 +50,17 @@ class Entry:
     aborted: the scheduler was asked to end it. deaths: of the scheduler, while it was in flight; trials: those of them
     at which it was on trial. replays: how often it was sent again. earlier_retractions: of earlier attempts.
     queued_tokens: prompt tokens that `Room` counts for it.
+    arrived, accepted_at, admitted_at, first_at, finished: when it came here, left the tokenizer, was begun by the
+    scheduler, had its first output here, ended (`time.perf_counter()`; 0.0: not yet). replayed: each of its replays.
+    last_token: when its newest token came, where metrics are kept. quiet: it is not to be logged.
     """
 
     __slots__ = (
-        "aborted", "arrived", "asked_rid", "attempt", "cached_tokens", "deaths", "due", "earlier_retractions",
-        "finish", "finished", "followers", "hidden", "index", "input_logprobs", "key", "logprob_texts", "logprobs",
-        "message", "notify", "origin", "output_ids", "probe", "prompt_ids", "prompt_tokens", "queued_tokens",
-        "replays", "retractions", "sent", "texts", "trials", "vector", "weight_version",
+        "aborted", "accepted_at", "admitted_at", "arrived", "asked_rid", "attempt", "cached_tokens", "deaths", "due",
+        "earlier_retractions", "finish", "finished", "first_at", "followers", "hidden", "index", "input_logprobs",
+        "key", "last_token", "logprob_texts", "logprobs", "message", "notify", "origin", "output_ids", "probe",
+        "prompt_ids", "prompt_tokens", "queued_tokens", "quiet", "replayed", "replays", "retractions", "sent",
+        "texts", "trials", "vector", "weight_version",
     )  # fmt: skip
 
     def __init__(
@@ -85,7 +89,9 @@ class Entry:
         self.replays = 0
         self.earlier_retractions = 0
         self.arrived = time.perf_counter()
-        self.finished = 0.0
+        self.accepted_at = self.admitted_at = self.first_at = self.last_token = self.finished = 0.0
+        self.replayed: tuple[float, ...] = ()
+        self.quiet = False
         self.prompt_ids = b""
         self.prompt_tokens = 0
         self.queued_tokens = 0
@@ -109,10 +115,24 @@ class Entry:
         return ids
 
 
+class TokenTimes(Protocol):
+    """What is told of the times of tokens, a step at a time."""
+
+    def tokens(self, seconds: float, count: int) -> None:
+        """`count` entries have each a token, `seconds` after the one before."""
+        ...
+
+    def token(self, entry: Entry, now: float) -> None:
+        """`entry` has a token whose predecessor did not come with the step before this one, or that is its first."""
+        ...
+
+
 class Journal:
     """All entries in flight, by key. `send` puts a message on the ring.
 
     While a process is lost (`hold`), what is to be sent waits here until `release`.
+    on_entered, on_ended: called with each entry that comes and goes; one whose client has left has no `finish`.
+    token_times: None where nobody wants them.
     """
 
     def __init__(self, send: Callable[[ToTokenizer], None]) -> None:
@@ -122,7 +142,11 @@ class Journal:
         self._clients = 0
         self._held: list[Entry] | None = None
         self.room = Room()
+        self._step_at = -1.0
         self.on_idle: Callable[[], None] | None = None
+        self.on_entered: Callable[[Entry], None] = nothing_to_do
+        self.on_ended: Callable[[Entry], None] = nothing_to_do
+        self.token_times: TokenTimes | None = None
 
     def __len__(self) -> int:
         """Requests of clients in flight; the server's own do not count."""
@@ -138,6 +162,7 @@ class Journal:
             self._rids[entry.message.rid] = entry
             self._clients += not entry.probe
             self.room.enter(entry)
+            self.on_entered(entry)
 
     def submit(self, entries: Iterable[Entry]) -> None:
         """Take `entries` in and send them."""
@@ -190,6 +215,9 @@ class Journal:
     def forget(self, entries: Iterable[Entry]) -> None:
         """Abort `entries` and drop them: nobody waits for them any more."""
         gone = [entry for entry in entries if self._drop(entry)]
+        for entry in gone:
+            entry.finished = time.perf_counter()
+            self.on_ended(entry)
         keys = [entry.key for entry in gone if entry.sent]
         if keys and self._held is None:
             self._send(Abort(keys))
@@ -223,6 +251,7 @@ class Journal:
     def accepted(self, message: Accepted) -> None:
         entry = self._entries.get(message.key)
         if entry is not None and entry.attempt == message.attempt and not entry.output_ids:
+            entry.accepted_at = entry.accepted_at or message.at
             entry.prompt_ids = message.input_ids
             entry.prompt_tokens = len(message.input_ids) // 4
             self.room.accept(entry)
@@ -239,11 +268,16 @@ class Journal:
     def text_step(self, step: TextStep) -> None:
         """Apply a step's columns. Rows of unknown keys and of older attempts are skipped."""
         entries = self._entries
+        told = self.token_times
+        now, before, regular = time.perf_counter(), self._step_at, 0
+        self._step_at = now
         for begun in step.begun:
             entry = entries.get(begun.key)
             if entry is None or entry.attempt != begun.attempt:
                 continue
             self.room.begin(entry)
+            if not entry.first_at:
+                entry.admitted_at, entry.first_at = begun.admitted_at, now
             if begun.texts:
                 entry.logprob_texts.update(begun.texts)
             if not entry.output_ids:
@@ -270,6 +304,12 @@ class Journal:
                 output_ids = entry.output_ids
                 if token >= 0:
                     output_ids.append(token)
+                    if told is not None:
+                        if entry.last_token == before:
+                            entry.last_token = now
+                            regular += 1
+                        else:
+                            told.token(entry, now)
                 if logprobs and row in logprobs:
                     entry.logprobs.append(logprobs[row])
                     if row in step.logprob_texts:
@@ -280,6 +320,8 @@ class Journal:
                     entry.notify(entry)
             except Exception as error:
                 self._break(entry, error)
+        if regular and told is not None:
+            told.tokens(now - before, regular)
 
     def vectors(self, step: Vectors) -> None:
         """Apply a step's vectors: each ends its entry. Rows of unknown keys and of older attempts are skipped."""
@@ -313,6 +355,7 @@ class Journal:
         entry.finish = finish
         entry.origin = origin
         entry.finished = time.perf_counter()
+        self.on_ended(entry)
         followers = [follower for follower in entry.followers if follower.key in self._entries]
         if finish.kind == "abort":
             for follower in followers:

@@ -12,6 +12,7 @@ import zmq
 
 from engine.wire.board import BEATS, Heart
 from engine.wire.lifecycle import Drain, FromLauncher, GiveUp, Lost, Serving, ToLauncher, Warm
+from engine.wire.operation import Profile, Profiled, SlowDown, Tune
 from engine.wire.sockets import Inbox, Outbox
 from engine.wire.to_detokenizer import Detokenize, ToDetokenizer
 from engine.wire.to_frontend import (
@@ -35,8 +36,8 @@ from http_frontend.replay import replayed
 
 log = logging.getLogger(__name__)
 
-Answer = Flushed | State | ExpertsRecorded | WeightsUpdated | WeightRows | Paused | Tokenized | Detokenized
-Question = Tokenize | FlushCache | QueryState | RecordExperts | WeightControl | Detokenize
+Answer = Flushed | State | ExpertsRecorded | WeightsUpdated | WeightRows | Paused | Tokenized | Detokenized | Profiled
+Question = Tokenize | FlushCache | QueryState | RecordExperts | WeightControl | Detokenize | Profile
 _KEYS_OF_A_LIFE = 1 << 30
 """More than any frontend gives."""
 
@@ -48,6 +49,7 @@ class Ring:
 
     on_scheduler: called after any message that the scheduler has caused. on_launcher: called with the launcher's word.
     on_weights: called with what the scheduler says of the weights and of pauses, before the call that waits for it.
+    on_state: called with every state of the scheduler, whoever asked for it.
     on_failure: called when a message cannot be read or applied, which is a bug: nothing can be trusted any more.
     """
 
@@ -67,6 +69,7 @@ class Ring:
         self.on_scheduler: Callable[[], None] = _ignore
         self.on_launcher: Callable[[FromLauncher], None] = _ignore
         self.on_weights: Callable[[WeightsUpdated | Paused | StartedOver], None] = _ignore
+        self.on_state: Callable[[State], None] = _ignore
         self.on_failure: Callable[[BaseException], None] = _ignore
 
     def next_key(self) -> int:
@@ -136,6 +139,10 @@ class Ring:
         self._heart.beat()
         self._beating = self._loop.call_later(BEATS / 2, self._beat)
 
+    def tell(self, message: Tune | SlowDown) -> None:
+        """Send a control message that nobody answers."""
+        self._tokenizer.send(message)
+
     async def ask(self, message: Question, answer: type[A]) -> A:
         """Send a control message and wait for its answer, as long as it takes."""
         future: asyncio.Future[Answer] = self._loop.create_future()
@@ -178,8 +185,10 @@ class Ring:
                     self.on_scheduler()
             case (
                 Flushed() | State() | ExpertsRecorded() | WeightsUpdated() | WeightRows() | Paused()
-                | Tokenized() | Detokenized()
+                | Tokenized() | Detokenized() | Profiled()
             ):  # fmt: skip
+                if isinstance(message, State):
+                    self.on_state(message)
                 if isinstance(message, WeightsUpdated | Paused):
                     self.on_weights(message)
                 waiting = self._waiting.get(message.key)

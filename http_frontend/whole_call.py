@@ -14,6 +14,7 @@ from http_frontend.errors import RefusedError, error_response
 from http_frontend.frontend import Frontend
 from http_frontend.items import Desk
 from http_frontend.journal import Entry, Request
+from http_frontend.metrics import count_body, count_refusal
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,11 @@ class WholeCall:
             body = await read_body(receive)
         except ClientGoneError:
             return
+        count_body(self._frontend.metrics, len(body))
         work: Work | None = None
         check = check_content_type if self._shape == "A" else check_json_only
         try:
-            self._frontend.check_open()
-            check(content_type(scope["headers"]), body)
-            work = self._plan(body, self._frontend.desk)
+            work = self._planned(body, content_type(scope["headers"]), check)
             answer = await self._run(work, receive)
         except RefusedError as refused:
             await error_response(self._shaped(refused))(scope, receive, send)
@@ -61,6 +61,16 @@ class WholeCall:
             return
         if answer is not None:
             await send_json(send, answer)
+
+    def _planned(self, body: bytes, declared: str, check: Callable[[str, bytes], None]) -> Work:
+        """Raises what refuses the call, once it is counted."""
+        try:
+            self._frontend.check_open()
+            check(declared, body)
+            return self._plan(body, self._frontend.desk)
+        except RefusedError as refused:
+            count_refusal(self._frontend.metrics, refused)
+            raise
 
     async def _run(self, work: Work, receive: Receive) -> bytes | None:
         """The answer's body; None when the client has gone."""

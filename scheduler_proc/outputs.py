@@ -88,4 +88,5 @@ def _opened(request: Request, *, row_has_token: bool) -> Opened:
         text_options=request.admit.text_options,
         input_logprobs=None if logprobs is None else logprobs.message(),
         rid=request.admit.rid,
+        admitted_at=request.admitted_at,
     )

@@ -222,7 +222,7 @@ class Planner:
             self.running.append(request)
             if request.cached_tokens < 0:
                 request.cached_tokens = min(request.computed, request.prompt_length)
-                request.started_at = time.monotonic()
+                request.started_at = request.admitted_at = time.monotonic()
             return request
         return None
 

@@ -39,6 +39,7 @@ class Request:
     owns the first `tree_owned` of them (path locked at `node`), the request the rest.
     number: order of arrival; the youngest has the largest.
     trial: so many tokens it must make alone before it may join others (`trials.py`).
+    arrived_at, started_at: for its time limits, which pauses do not count against; admitted_at: when it began.
     """
 
     admit: Admit
@@ -60,6 +61,7 @@ class Request:
     output_counts: dict[int, int] | None = None
     arrived_at: float = field(default_factory=time.monotonic)
     started_at: float | None = None
+    admitted_at: float = 0.0
 
     @property
     def key(self) -> int:

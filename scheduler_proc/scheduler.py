@@ -12,9 +12,11 @@ import numpy as np
 
 from engine.checkpoints.task import Task
 from engine.config import faults
+from engine.config.logs import about
 from engine.kernels.table import Backend
 from engine.wire.board import BEATS, Heart
 from engine.wire.failures import internal_error
+from engine.wire.operation import Profile, SlowDown, Tune
 from engine.wire.results import Finish
 from engine.wire.sockets import Inbox
 from engine.wire.to_frontend import Ended, ExpertsRecorded, Flushed, StartedOver, State
@@ -33,6 +35,7 @@ from scheduler_proc.answers import Answers
 from scheduler_proc.control_failures import failed_answers
 from scheduler_proc.generation import Generation
 from scheduler_proc.kv_memory import InvariantError
+from scheduler_proc.operation import Operation
 from scheduler_proc.outputs import StepRows
 from scheduler_proc.planner import Planner
 from scheduler_proc.recorder import obey
@@ -100,14 +103,16 @@ class Scheduler:
     heart: Heart | None = None
     trials: Trials = field(init=False)
     generation: Generation = field(init=False)
+    operation: Operation = field(init=False)
     steps: Steps = field(init=False)
 
     def __post_init__(self) -> None:
         self.trials = Trials(self.planner, self.requests, self.heart.board if self.heart else None)
+        self.operation = Operation(self.runner.program, self.planner, self.outbox)
         self.generation = Generation(self.planner, self.requests, self.outbox, self.first_version, self.updates)
         self.steps = Steps(
-            self.planner, self.trials, self.runner, self.backend, self.outbox, self.statistics, self.requests,
-            self.generation, drop=self._drop, eos_ids=self.settings.eos_ids,
+            self.planner, self.trials, self.runner, self.backend, self.outbox, self.statistics, self.operation,
+            self.requests, self.generation, drop=self._drop, eos_ids=self.settings.eos_ids,
             original_logprobs=self.settings.original_logprobs, task=self.settings.task,
         )  # fmt: skip
 
@@ -137,10 +142,11 @@ class Scheduler:
         if self.requests and not self.generation.halted:
             self.step()
         self._answer_flushes()
+        self.operation.answer()
 
     def _rest(self) -> None:
         """Wait for a message; not for long where something else may happen as well."""
-        if self.requests or self.flushes or self.generation.updating:
+        if self.requests or self.flushes or self.generation.updating or self.operation.busy:
             self.inbox.wait(PATIENCE)
         else:
             self.idle()
@@ -199,6 +205,8 @@ class Scheduler:
                 self.outbox.send(State(key, self.state()))
             case RecordExperts(key, action):
                 self.outbox.send(ExpertsRecorded(key, obey(self.runner.recorder, action)))
+            case Tune() | SlowDown() | Profile():
+                self.operation.handle(message)
             case _:
                 self._control(message)
 
@@ -209,6 +217,7 @@ class Scheduler:
 
     def step(self) -> None:
         """Plan and run one step, and send what it produced."""
+        self.operation.begin_step()
         rows = StepRows()
         self._expire(rows)
         self.steps.step(rows)
@@ -231,6 +240,7 @@ class Scheduler:
             "num_cached_tokens": usage.cached,
             "num_free_tokens": usage.free,
             "num_retractions": self.planner.preemptions,
+            **self.statistics.report(self.planner),
         }
 
     def _admit(self, admit: Admit) -> None:
@@ -250,7 +260,8 @@ class Scheduler:
                     400,
                 )
                 return
-            logger.warning("Request %s: prompt cut from %d to %d tokens", admit.rid, prompt_length, limit - 1)
+            cut = "Request %s: prompt cut from %d to %d tokens"
+            logger.warning(cut, admit.rid, prompt_length, limit - 1, extra=about(admit.rid))
             admit = msgspec.structs.replace(admit, input_ids=admit.input_ids[: 4 * (limit - 1)])
         if (admit.vector is None) != (self.settings.task.kind == "generation"):
             self._refuse(admit, f"This server's model is served for {self.settings.task.kind} only.", 400)
@@ -278,6 +289,9 @@ class Scheduler:
                 self._end_waiting(last, Finish("abort", message=OUTRANKED, status=503))
         self.planner.enqueue(request)
         self.requests[request.key] = request
+        if logger.isEnabledFor(logging.DEBUG):
+            rid = request.admit.rid
+            logger.debug("request %s waits: %d tokens", rid, request.length, extra=about(rid))
         return True
 
     def _refuse(self, admit: Admit, message: str, status: int) -> None:
@@ -301,6 +315,9 @@ class Scheduler:
     def _drop(self, request: Request) -> None:
         """Forget a request, wherever it is."""
         del self.requests[request.key]
+        if logger.isEnabledFor(logging.DEBUG):
+            rid = request.admit.rid
+            logger.debug("request %s leaves after %d new tokens", rid, request.generated, extra=about(rid))
         if request in self.planner.running:
             self.planner.finish(request)
         else:

@@ -26,6 +26,7 @@ from engine.wire.to_detokenizer import NO_TOKEN
 from engine.wire.to_frontend import Ended
 from scheduler_proc.answers import Sender
 from scheduler_proc.generation import Generation
+from scheduler_proc.operation import Operation
 from scheduler_proc.outputs import StepRows
 from scheduler_proc.planner import Extend, Planner
 from scheduler_proc.request import Request
@@ -54,6 +55,7 @@ class Steps:
     backend: Backend
     outbox: Sender
     statistics: Statistics
+    operation: Operation
     requests: dict[int, Request]
     generation: Generation
     drop: Callable[[Request], None]
@@ -68,12 +70,15 @@ class Steps:
         Raises InvariantError when a failure has left the pool broken: nothing can be trusted then.
         """
         plan = self._plan(rows)
+        self.operation.mark("plan")
         if plan:
+            self.statistics.begin(plan)
             started = time.perf_counter()
             sampled = self._compute(plan, rows)
             self.statistics.step(plan, sampled, time.perf_counter() - started, self.planner)
         self.trials.end_step()
         self.send(rows)
+        self.operation.end_step(plan)
         if self._failed:
             self._failed = False
             self.planner.memory.check(self.planner.running)
@@ -167,11 +172,13 @@ class Steps:
                 self.planner.memory.withdraw(step.request, left, step.count - left)
 
     def _hand_out(self, plan: list[Extend], logits: torch.Tensor, requests: list[Request], rows: StepRows) -> int:
+        self.operation.mark("forward")
         if self.task.kind != "generation":
             self._store_prefills(plan)
             self._emit_vectors(requests, logits)
             return 0
         sampled = self._sample(plan, logits, requests)
+        self.operation.mark("sample")
         self._store_prefills(plan)
         for request, row in sampled:
             try:

@@ -1,6 +1,6 @@
 """CPU time of the HTTP frontend per streamed token, with a fake ring behind it and raw sockets in front.
 
-    python scripts/frontend_cost.py [--streams 32] [--tokens 256] [--incremental] [--logprobs]
+    python scripts/frontend_cost.py [--streams 32] [--tokens 256] [--incremental] [--logprobs] [--metrics]
 
 Every step yields one token a stream and comes `--pace` milliseconds after the last, as a model's would; the time
 is user + system time of the frontend process alone, divided by the tokens that its clients have read.
@@ -42,7 +42,7 @@ LIMITS = Limits(
 )
 
 
-def configuration(folder: str, incremental: bool) -> RunConfig:
+def configuration(folder: str, incremental: bool, metrics: bool) -> RunConfig:
     """A launch without warm-up and access log."""
     source = ModelSource(name="model", kind="folder", path=folder)
     facts = ModelFacts(
@@ -52,7 +52,9 @@ def configuration(folder: str, incremental: bool) -> RunConfig:
         context_length=100000,
         eos_ids=[2],
     )
-    server = ServerConfig(skip_server_warmup=True, log_level="warning", incremental_streaming_output=incremental)
+    server = ServerConfig(
+        skip_server_warmup=True, log_level="warning", incremental_streaming_output=incremental, enable_metrics=metrics
+    )
     return RunConfig(
         server=server,
         model=source,
@@ -101,11 +103,11 @@ class Clients:
             self.bytes += len(data)
 
 
-def run(streams: int, tokens: int, pace: float, incremental: bool, logprobs: bool) -> dict[str, Any]:
+def run(streams: int, tokens: int, pace: float, incremental: bool, logprobs: bool, metrics: bool) -> dict[str, Any]:
     """Measure one setting. Returns microseconds per token and bytes per token."""
     with tempfile.TemporaryDirectory(prefix="tm") as folder, zmq.Context() as context:
         config_path = Path(folder) / "config.json"
-        write_run_config(configuration(folder, incremental), config_path)
+        write_run_config(configuration(folder, incremental, metrics), config_path)
         inbox: Inbox[ToTokenizer] = Inbox(context, folder, "tokenizer", ToTokenizer)
         frontend: Outbox[ToFrontend] = Outbox(context, folder, "frontend")
         launcher: Inbox[ToLauncher] = Inbox(context, folder, "launcher", ToLauncher)
@@ -184,8 +186,13 @@ def main() -> None:
     parser.add_argument("--pace", type=float, default=10.0, help="milliseconds between steps")
     parser.add_argument("--incremental", action="store_true")
     parser.add_argument("--logprobs", action="store_true")
+    parser.add_argument("--metrics", action="store_true")
     words = parser.parse_args()
-    print(json.dumps(run(words.streams, words.tokens, words.pace / 1000, words.incremental, words.logprobs)))
+    print(
+        json.dumps(
+            run(words.streams, words.tokens, words.pace / 1000, words.incremental, words.logprobs, words.metrics)
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -14,11 +14,13 @@ from engine.config import ConfigError, RunConfig
 from engine.config.environment import count_limit
 from engine.wire.board import BEATS, Heart
 from engine.wire.failures import internal_error
+from engine.wire.operation import Tune
 from engine.wire.process import arguments, begin, report_ready
 from engine.wire.sockets import Inbox, Outbox
 from engine.wire.to_frontend import Ended, ToFrontend
 from engine.wire.to_scheduler import ToScheduler
 from engine.wire.to_tokenizer import Embed, Generate, Judge, Tokenize, ToTokenizer
+from engine.wire.tuning import tune
 from tokenizer_proc.admission import admit
 from tokenizer_proc.replies import tokenized
 from tokenizer_proc.validation import Bounds
@@ -51,6 +53,8 @@ def main() -> None:
             elif isinstance(message, Tokenize):
                 frontend.send(tokenized(message, tokenizer, config.facts.context_length))
             else:
+                if isinstance(message, Tune):
+                    tune(message)
                 scheduler.send(message)
 
 

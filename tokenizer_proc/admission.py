@@ -7,6 +7,7 @@ from array import array
 
 from engine.checkpoints.tokenizer import Tokenizer, encode
 from engine.config import faults
+from engine.config.logs import about
 from engine.wire.failures import internal_error, is_failure
 from engine.wire.results import Finish
 from engine.wire.to_frontend import Accepted, Ended
@@ -15,6 +16,7 @@ from engine.wire.to_tokenizer import Embed, Generate, Judge
 from tokenizer_proc.embedding import admit_embed
 from tokenizer_proc.judging import question
 from tokenizer_proc.prompt_ids import need, pack, unpack
+from tokenizer_proc.replies import accepted
 from tokenizer_proc.validation import (
     Bounds,
     RefusalError,
@@ -68,7 +70,10 @@ def _admit(message: Generate, tokenizer: Tokenizer | None, bounds: Bounds) -> tu
         wanted = room if sampling.max_new_tokens is None else sampling.max_new_tokens
         check_logprobs(message.logprobs, kept, min(wanted, room), bounds.vocab_size)
     for cut in cuts:
-        logger.warning("request %s does not fit the context of %d tokens: %s", message.rid, bounds.context_length, cut)
+        logger.warning(
+            "request %s does not fit the context of %d tokens: %s", message.rid, bounds.context_length, cut,
+            extra=about(message.rid),
+        )  # fmt: skip
     packed = pack(ids[:kept] if kept < len(ids) else ids)
     admitted = Admit(
         key=message.key,
@@ -84,7 +89,7 @@ def _admit(message: Generate, tokenizer: Tokenizer | None, bounds: Bounds) -> tu
         suspect=message.suspect,
         probe=message.probe,
     )
-    return Accepted(message.key, message.attempt, packed), admitted
+    return accepted(message, packed), admitted
 
 
 def _prompt_ids(message: Generate, tokenizer: Tokenizer | None) -> array[int]:

@@ -12,6 +12,7 @@ from engine.wire.to_frontend import Accepted
 from engine.wire.to_scheduler import Admit, VectorOptions
 from engine.wire.to_tokenizer import Embed
 from tokenizer_proc.prompt_ids import need, pack, unpack
+from tokenizer_proc.replies import accepted
 from tokenizer_proc.validation import Bounds, RefusalError, check_ids, too_long
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ def admit_embed(message: Embed, tokenizer: Tokenizer | None, bounds: Bounds) -> 
             with_hidden=message.with_hidden,
         ),
     )
-    return Accepted(message.key, message.attempt, packed), admitted
+    return accepted(message, packed), admitted
 
 
 def _told_apart(segments: bytes, kinds: int) -> bytes:

@@ -1,16 +1,25 @@
-"""The answer to a `/tokenize` call."""
+"""What the tokenizer tells the frontend: that a request is on its way, and the answer to a `/tokenize` call."""
 
 from __future__ import annotations
 
 import logging
+import time
 
 from engine.checkpoints.chat_template import ChatTemplateError, render_chat
 from engine.checkpoints.tokenizer import Tokenizer, encode
+from engine.config.logs import about
 from engine.wire.failures import is_failure
-from engine.wire.to_frontend import Tokenized
-from engine.wire.to_tokenizer import Tokenize
+from engine.wire.to_frontend import Accepted, Tokenized
+from engine.wire.to_tokenizer import Embed, Generate, Tokenize
 
 logger = logging.getLogger(__name__)
+
+
+def accepted(message: Generate | Embed, input_ids: bytes) -> Accepted:
+    """That the request is on its way, now."""
+    if logger.isEnabledFor(logging.DEBUG):
+        logger.debug("request %s accepted: %d tokens", message.rid, len(input_ids) // 4, extra=about(message.rid))
+    return Accepted(message.key, message.attempt, input_ids, time.monotonic())
 
 
 def tokenized(message: Tokenize, tokenizer: Tokenizer | None, context_length: int) -> Tokenized:

@@ -101,6 +101,8 @@ def _check_numbers(config: ServerConfig, fields: dict[str, ConfigField]) -> None
         seconds = getattr(config, name)
         if seconds is not None and not 0.0 < seconds < float("inf"):
             raise _refuse(fields[name], seconds, "must be greater than 0 and finite")
+    if "" in config.log_requests_target:
+        raise _refuse(fields["log_requests_target"], "", "must be stdout or a folder")
     if config.drain_timeout == float("inf"):
         raise _refuse(fields["drain_timeout"], config.drain_timeout, "must be finite")
 

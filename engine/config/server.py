@@ -207,6 +207,24 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         str | None,
         Flag("level of the HTTP access log", choices=("critical", "error", "warning", "info", "debug")),
     ] = None
+    log_format: Annotated[
+        str, Flag("one line of text or one JSON object for each record", choices=("text", "json"))
+    ] = "text"
+    log_requests: Annotated[bool, Flag("log each request and its answer")] = False
+    log_requests_level: Annotated[
+        int,
+        Flag(
+            "what of a request is logged; 0: its numbers, 1: and sampling parameters, 2: and the beginning of its "
+            "texts, 3: everything",
+            minimum=0,
+            maximum=3,
+        ),
+    ] = 2
+    log_requests_format: Annotated[str, Flag("form of the request log's lines", choices=("text", "json"))] = "text"
+    log_requests_target: Annotated[
+        list[str], Flag("where requests are logged: stdout, or a folder; default: stdout", metavar="TARGET")
+    ] = []
+    enable_metrics: Annotated[bool, Flag("GET /metrics answers, and meta_info has a request's timings")] = False
     uvicorn_access_log_exclude_prefixes: Annotated[
         list[str], Flag("path prefixes that are not access-logged", metavar="PREFIX")
     ] = []

@@ -68,6 +68,12 @@ class PlanProgram:
     def routing(self) -> list[Integers]:
         return [self.plan.routed(routing) for routing in self.recorder.routings]
 
+    def set_profiling(self, on: bool) -> None:
+        self.plan.set_profiling(on)
+
+    def take_profile(self) -> dict[str, float]:
+        return self.plan.take_profile()
+
 
 @dataclass(frozen=True, eq=False)
 class CpuBackend:

@@ -65,6 +65,12 @@ class EagerProgram:
     def routing(self) -> list[Integers]:
         return [ids.numpy().astype(np.int32) for ids in self.routed]
 
+    def set_profiling(self, on: bool) -> None:
+        pass
+
+    def take_profile(self) -> dict[str, float]:
+        return {}
+
 
 @dataclass(frozen=True)
 class EagerBackend:

@@ -123,6 +123,14 @@ class Program(Protocol):
         int32 [T, top_k], best first. Empty for a model without any."""
         ...
 
+    def set_profiling(self, on: bool) -> None:
+        """Measure from now on how long each kind of op takes, or no more."""
+        ...
+
+    def take_profile(self) -> dict[str, float]:
+        """Microseconds by kind of op since it was last asked for; empty where ops are not measured."""
+        ...
+
 
 class Ops(Protocol):
     """One implementation of the table. A step object is its own affair: a model only passes it on."""

@@ -38,12 +38,12 @@ def serve(
     0: ended by SIGTERM or SIGINT. 1: the model, the address or a process failed. 2: a setting does not fit the model.
     """
     began, started_at = time.monotonic(), time.time()
-    set_up_logging(config.log_level, "launcher")
     setproctitle("tokenmill: launcher")
-    for warning in warnings:
-        log.warning(warning)
     notifier = Notifier()
     try:
+        set_up_logging(config.log_level, "launcher", config.log_format)
+        for warning in warnings:
+            log.warning(warning)
         notifier = take_notifier(os.environ)
         passed = take_listener(os.environ)
         raise_file_limit()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from engine.config.logs import about
 from engine.wire.results import Finish
 
 
@@ -12,7 +13,7 @@ def internal_error(logger: logging.Logger, doing: str, rid: str, error: BaseExce
 
     doing: "computing", "admitting"...
     """
-    logger.error("Request %s failed: error while %s it", rid, doing, exc_info=error)
+    logger.error("Request %s failed: error while %s it", rid, doing, exc_info=error, extra=about(rid))
     message = f"Internal error while {doing} request {rid}: {type(error).__name__}: {error}"
     return Finish("abort", message=message, status=500)
 

@@ -42,8 +42,8 @@ def begin(config_path: Path, name: str) -> RunConfig:
     _end_with_parent(config.launcher_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     setproctitle(f"tokenmill: {name}")
-    set_up_logging(config.server.log_level, name)
     try:
+        set_up_logging(config.server.log_level, name, config.server.log_format)
         faults.arm_from_environment()
     except ConfigError as error:
         sys.exit(f"error: {error}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import msgspec
 
+from engine.wire.operation import Profiled, Tune
 from engine.wire.results import Finish, InputLogprobs, TokenLogprobs
 from engine.wire.sampling import TextOptions
 from engine.wire.to_frontend import Ended, ExpertsRecorded, Flushed, StartedOver, State, Vectors
@@ -19,7 +20,7 @@ class Opened(msgspec.Struct, frozen=True, array_like=True):
 
     prompt_tail: the last few prompt ids, the context in which the output is decoded.
     output_ids: ids that an earlier attempt has delivered (their text is known to the frontend).
-    rid: for messages and the log.
+    rid: for messages and the log. admitted_at: `time.monotonic()` when the scheduler began to compute it.
     """
 
     key: int
@@ -31,6 +32,7 @@ class Opened(msgspec.Struct, frozen=True, array_like=True):
     text_options: TextOptions
     input_logprobs: InputLogprobs | None
     rid: str = ""
+    admitted_at: float = 0.0
 
 
 class StepOutput(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -62,4 +64,5 @@ class Detokenize(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 ToDetokenizer = (
     StepOutput | Detokenize | Ended | Vectors | Flushed | State | StartedOver | ExpertsRecorded | WeightAnswer
-)
+    | Profiled | Tune
+)  # fmt: skip

@@ -8,16 +8,21 @@ from typing import Any, Literal
 import msgspec
 
 from engine.wire.lifecycle import FromLauncher
+from engine.wire.operation import Profiled
 from engine.wire.results import Finish, InputLogprobs, TokenLogprobs
 from engine.wire.weights import WeightAnswer
 
 
 class Accepted(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """From the tokenizer: the request is valid and on its way. `input_ids`: its prompt, int32 little-endian."""
+    """From the tokenizer: the request is valid and on its way. `input_ids`: its prompt, int32 little-endian.
+
+    at: `time.monotonic()` of that, a clock that all processes of a machine share; 0.0: not told.
+    """
 
     key: int
     attempt: int
     input_ids: bytes
+    at: float = 0.0
 
 
 class Ended(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -34,7 +39,10 @@ class Ended(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Begun(msgspec.Struct, frozen=True, array_like=True):
-    """A request whose first output is in this step. `texts`: the text of each id in `input_logprobs`, if asked."""
+    """A request whose first output is in this step. `texts`: the text of each id in `input_logprobs`, if asked.
+
+    admitted_at: `time.monotonic()` when the scheduler began to compute it; 0.0: not told.
+    """
 
     key: int
     attempt: int
@@ -42,6 +50,7 @@ class Begun(msgspec.Struct, frozen=True, array_like=True):
     cached_tokens: int
     input_logprobs: InputLogprobs | None
     texts: dict[int, str] | None
+    admitted_at: float = 0.0
 
 
 class TextStep(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -133,16 +142,7 @@ class Detokenized(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 FromRing = (
-    Accepted
-    | Ended
-    | TextStep
-    | Vectors
-    | Flushed
-    | State
-    | StartedOver
-    | ExpertsRecorded
-    | WeightAnswer
-    | Tokenized
-    | Detokenized
-)
+    Accepted | Ended | TextStep | Vectors | Flushed | State | StartedOver | ExpertsRecorded | WeightAnswer | Tokenized
+    | Detokenized | Profiled
+)  # fmt: skip
 ToFrontend = FromRing | FromLauncher

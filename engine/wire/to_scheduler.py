@@ -7,6 +7,7 @@ from typing import Literal
 
 import msgspec
 
+from engine.wire.operation import OperationControl
 from engine.wire.sampling import LogprobOptions, Sampling, TextOptions
 from engine.wire.weights import WeightControl
 
@@ -97,5 +98,5 @@ class StopSeen(msgspec.Struct, frozen=True, array_like=True, tag=True):
     attempts: list[int]
 
 
-Control = StartOver | Abort | FlushCache | QueryState | RecordExperts | WeightControl
+Control = StartOver | Abort | FlushCache | QueryState | RecordExperts | WeightControl | OperationControl
 ToScheduler = Admit | Control | StopSeen

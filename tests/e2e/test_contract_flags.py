@@ -129,9 +129,12 @@ def test_truncation_preferences_and_no_cache(model: Path) -> None:
 @contextmanager
 def occupied(api: Api, **more: Any) -> Iterator[None]:
     """A request that runs for the whole block, on a server that runs one at a time."""
+    # Slowed down, since the tiny model makes all its tokens in the time that a busy machine takes for a few calls.
+    assert api.post({"forward_sleep_time": 0.01}, "/slow_down").status_code == 200
     with api.open_stream(text="first", sampling_params=LONG, **more) as chunks:
         next(chunks)
         yield
+    assert api.post({"forward_sleep_time": None}, "/slow_down").status_code == 200
 
 
 def queue(pool: ThreadPoolExecutor, api: Api, bodies: list[Json]) -> list[Future[httpx.Response]]:

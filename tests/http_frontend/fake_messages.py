@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from array import array
 
 import msgspec
@@ -90,7 +91,7 @@ def begun_of(one: Running) -> Begun:
             None,
         )
     texts = {token: text_of(token) for token in one.prompt} if one.generate.text_options.text_in_logprobs else None
-    return Begun(one.generate.key, one.generate.attempt, len(one.prompt), 2, inputs, texts)
+    return Begun(one.generate.key, one.generate.attempt, len(one.prompt), 2, inputs, texts, time.monotonic())
 
 
 def rows_of(

@@ -24,6 +24,7 @@ from fake_messages import Running, begun_of, fake_logprob, rows_of, text_of, tex
 from engine.config import ModelFacts, ModelSource, RunConfig, ServerConfig, write_run_config
 from engine.config.run import PooledFacts
 from engine.wire.lifecycle import Drain, Limits, Lost, Ready, Serving, ToLauncher, Warm
+from engine.wire.operation import Profile, Profiled
 from engine.wire.results import Finish, TokenLogprobs
 from engine.wire.sockets import Inbox, Outbox
 from engine.wire.to_detokenizer import NO_TOKEN, Detokenize, ToDetokenizer
@@ -86,6 +87,8 @@ class FakeRing:
         self.seen: list[Any] = []
         self.running: dict[int, Running] = {}
         self.weight_version = "default"
+        self.state: dict[str, Any] = {"last_gen_throughput": 1.5}
+        self.profiling = False
         self.launcher_seen: list[ToLauncher] = []
         self.changed = threading.Condition()
         self._outgoing: list[ToFrontend] = []
@@ -159,7 +162,11 @@ class FakeRing:
             case FlushCache():
                 self.frontend.send(Flushed(message.key, not self.running))
             case QueryState():
-                self.frontend.send(State(message.key, {"last_gen_throughput": 1.5}))
+                self.frontend.send(State(message.key, self.state))
+            case Profile():
+                error = "cannot" if self.profiling == (message.action == "start") else None
+                self.profiling = message.action == "start"
+                self.frontend.send(Profiled(message.key, error))
             case RecordExperts():
                 self.frontend.send(ExpertsRecorded(message.key))
             case Tokenize():
@@ -216,7 +223,9 @@ class FakeRing:
         garbled = texts[-1].startswith("GARBLE ")
         if garbled:
             prompt.append(0)
-        self.frontend.send(Accepted(message.key, message.attempt, prompt.tobytes()[: -1 if garbled else None]))
+        self.frontend.send(
+            Accepted(message.key, message.attempt, prompt.tobytes()[: -1 if garbled else None], time.monotonic())
+        )
         made = len(message.output_ids) // 4 if isinstance(message, Generate) else 0
         self.running[message.key] = Running(message, prompt.tolist(), made)
 

@@ -57,7 +57,7 @@ def admitted(
     outcome = admit(message, tokenizer, Bounds(VOCAB, context, auto_truncate=cut, segments=segments))
     assert not isinstance(outcome, Ended), outcome
     accepted, one = outcome
-    assert accepted == Accepted(5, 2, one.input_ids)
+    assert accepted == Accepted(5, 2, one.input_ids, accepted.at)
     return one
 
 

@@ -55,7 +55,7 @@ def admitted(message: Judge, tokenizer: Tokenizer, context: int = 4096, *, cut: 
     outcome = admit(message, tokenizer, Bounds(tokenizer.vocab_size, context, auto_truncate=cut))
     assert not isinstance(outcome, Ended), outcome
     accepted, one = outcome
-    assert accepted == Accepted(4, 1, one.input_ids)
+    assert accepted == Accepted(4, 1, one.input_ids, accepted.at)
     return one
 
 

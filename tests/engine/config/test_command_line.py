@@ -71,11 +71,15 @@ MUST_WORK: dict[str, tuple[Any, str, Any]] = {
     "--decode-log-interval": (40, "1", 1),
     "--watchdog-timeout": (300.0, "2", 2.0),
     "--soft-watchdog-timeout": (None, "1.5", 1.5),
+    "--log-format": ("text", "json", "json"),
+    "--log-requests-level": (2, "0", 0),
+    "--log-requests-format": ("text", "json", "json"),
 }
 SWITCHES = [
     "--skip-tokenizer-init", "--skip-server-warmup", "--incremental-streaming-output", "--allow-auto-truncate",
     "--enable-priority-scheduling", "--schedule-low-priority-values-first", "--abort-on-priority-when-disabled",
-    "--disable-radix-cache", "--enable-deterministic-inference", "--disable-cuda-graph",
+    "--disable-radix-cache", "--enable-deterministic-inference", "--disable-cuda-graph", "--enable-metrics",
+    "--log-requests",
 ]  # fmt: skip
 WARNED = [
     "--schedule-policy random", "--schedule-policy dfs-weight", "--schedule-policy lof", "--schedule-policy priority",
@@ -283,7 +287,7 @@ def test_the_command_line_wins_over_the_settings_file(tmp_path: Path, capsys: py
         "- port": "not a map",
         "a: b: c": "not YAML",
         "tp_size: 2": "not built yet",
-        "enable_metrics: true": "not built yet",
+        "log_requests_level: 4": "from 0 to 3",
     }.items():
         file.write_text(text)
         assert said in refusal(["--config", str(file)], capsys)
