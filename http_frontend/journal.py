@@ -43,14 +43,15 @@ class Entry:
     probe: the server's own request (health, warm-up), which no client can see or abort.
     followers: entries that are sent once this one has ended well.
     aborted: the scheduler was asked to end it. deaths: of the scheduler, while it was in flight; trials: those of them
-    at which it was on trial. replays: how often it was sent again. earlier_retractions: of earlier attempts.
+    at which it was on trial. suspect: what the scheduler is told of it. replays: how often it was sent again.
+    earlier_retractions: of earlier attempts.
     """
 
     __slots__ = (
         "aborted", "arrived", "asked_rid", "attempt", "cached_tokens", "deaths", "due", "earlier_retractions", "finish",
         "finished", "followers", "hidden", "index", "input_logprobs", "key", "logprob_texts", "logprobs", "message",
         "notify", "origin", "output_ids", "probe", "prompt_ids", "prompt_tokens", "replays", "retractions", "sent",
-        "texts", "trials", "vector", "weight_version",
+        "suspect", "texts", "trials", "vector", "weight_version",
     )  # fmt: skip
 
     def __init__(
@@ -76,6 +77,7 @@ class Entry:
         self.aborted = False
         self.deaths = 0
         self.trials = 0
+        self.suspect = 0
         self.replays = 0
         self.earlier_retractions = 0
         self.arrived = time.perf_counter()
