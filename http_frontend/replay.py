@@ -30,11 +30,15 @@ def blame(journal: Journal, lost: Lost) -> None:
             return
         culprit.deaths += 1
         culprit.trials += 1
+        culprit.suspect = culprit.deaths
         if lost.certain or culprit.trials >= MOST_UNCERTAIN_TRIALS:
             _give_up(journal, culprit)
         return
     for entry in journal.sent():
         entry.deaths += 1
+        # A first SIGKILL is most often somebody's command: trials would only make the pause longer.
+        if lost.certain or entry.deaths > 1:
+            entry.suspect = entry.deaths
         if entry.deaths >= MOST_DEATHS:
             _give_up(journal, entry)
 
@@ -58,7 +62,7 @@ def _next_attempt(entry: Entry) -> Request:
     entry.earlier_retractions = entry.retractions
     message = entry.message
     if not isinstance(message, Generate):
-        return msgspec.structs.replace(message, attempt=entry.attempt, suspect=entry.deaths)
+        return msgspec.structs.replace(message, attempt=entry.attempt, suspect=entry.suspect)
     logprobs = message.logprobs
     if logprobs is not None and entry.input_logprobs is not None:
         logprobs = msgspec.structs.replace(logprobs, start=-1)  # they have come already
@@ -66,7 +70,7 @@ def _next_attempt(entry: Entry) -> Request:
     return msgspec.structs.replace(
         message,
         attempt=entry.attempt,
-        suspect=entry.deaths,
+        suspect=entry.suspect,
         text=None if known else message.text,
         input_ids=entry.prompt_ids if known else message.input_ids,
         output_ids=array("i", entry.output_ids).tobytes(),
