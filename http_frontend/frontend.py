@@ -23,7 +23,7 @@ from http_frontend.defaults import read_preferred
 from http_frontend.errors import RefusedError
 from http_frontend.items import Desk
 from http_frontend.journal import Entry, Request
-from http_frontend.metrics import Metrics
+from http_frontend.metrics import Metrics, count_replays, count_restart
 from http_frontend.pulse import Pulse, WarmUpError, warm_up
 from http_frontend.replay import blame
 from http_frontend.request_log import open_request_log
@@ -188,12 +188,13 @@ class Frontend:
         self.epoch = message.epoch
         self.deaths += 1
         self.lost.add(message.process)
+        count_restart(self.metrics, message.process, message.epoch)
         self.ring.hold()
         if message.process == "scheduler":
             blame(self.journal, message)
         log.warning("the %s is lost: %d requests wait for another", message.process, len(self.journal))
         # Health checks that wait for a sign of life have their answer: 503.
-        self.pulse.beat()
+        self.pulse.wake()
 
     def _go_on(self) -> None:
         """All processes are there again: have them forget what they know, and tell them what is in flight."""
@@ -201,6 +202,7 @@ class Frontend:
         self.lost.clear()
         replays = self.ring.release()
         self.replays += replays
+        count_replays(self.metrics, replays)
         log.info("whole again: %d requests were sent anew", replays)
 
     def _give_up(self, message: GiveUp) -> None:

@@ -60,8 +60,8 @@ class Entry:
         "aborted", "accepted_at", "admitted_at", "arrived", "asked_rid", "attempt", "cached_tokens", "deaths", "due",
         "earlier_retractions", "finish", "finished", "first_at", "followers", "hidden", "index", "input_logprobs",
         "key", "last_token", "logprob_texts", "logprobs", "message", "notify", "origin", "output_ids", "probe",
-        "prompt_ids", "prompt_tokens", "queued_tokens", "quiet", "replayed", "replays", "retractions", "sent", "suspect",
-        "texts", "trials", "vector", "weight_version",
+        "prompt_ids", "prompt_tokens", "queued_tokens", "quiet", "replayed", "replays", "retractions", "sent",
+        "suspect", "texts", "trials", "vector", "weight_version",
     )  # fmt: skip
 
     def __init__(

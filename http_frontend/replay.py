@@ -12,6 +12,7 @@ from engine.wire.lifecycle import Lost
 from engine.wire.results import Finish
 from engine.wire.to_tokenizer import Generate
 from http_frontend.journal import Entry, Journal, Request
+from http_frontend.timeline import mark_replay
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ def replayed(entries: Iterable[Entry]) -> list[Request]:
 def _next_attempt(entry: Entry) -> Request:
     entry.attempt += 1
     entry.replays += 1
+    mark_replay(entry)
     entry.earlier_retractions = entry.retractions
     message = entry.message
     if not isinstance(message, Generate):
