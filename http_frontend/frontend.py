@@ -207,7 +207,7 @@ class Frontend:
 
     def _give_up(self, message: GiveUp) -> None:
         self.draining = True
-        self.pulse.beat()
+        self.pulse.wake()
         self.ring.fail_questions(RefusedError("D", message.message, 500))
         self.journal.end_all(Finish("abort", message=message.message, status=500))
         if not self.ended.done():
