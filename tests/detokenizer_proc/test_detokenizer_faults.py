@@ -89,4 +89,4 @@ def test_over_the_sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         result = ends.take("frontend")
         assert result.texts == ["a", "", "c"] and result.finished.keys() == {1}
         assert "decoding request r2" in result.finished[1].message
-        assert ends.take("scheduler") == StopSeen([2])
+        assert ends.take("scheduler") == StopSeen([2], [0])

@@ -77,6 +77,10 @@ async def _drive(server: LiveServer, checkpoints: list[Path], prompts: list[list
             told: Json = answer.json()
             return told
 
+        async def running() -> int:
+            told = (await http.get("/server_info")).json()
+            return int(told["internal_states"][0]["num_running_reqs"])
+
         clients = Clients(http, prompts, TOKENS)
         memory = []
         for number in range(UPDATES):
@@ -92,6 +96,10 @@ async def _drive(server: LiveServer, checkpoints: list[Path], prompts: list[list
         for mode in ("retract", "in_place"):
             await asyncio.sleep(0.2)
             await post("/pause_generation", mode=mode)
+            while mode == "in_place" and not await running():  # they all ended at that very moment
+                await post("/continue_generation")
+                await asyncio.sleep(0.05)
+                await post("/pause_generation", mode=mode)
             assert (await http.get("/ready")).status_code == 503
             assert (await http.get("/health")).status_code == 200
             told = await post("/update_weights", model_path=str(checkpoints[1]))
