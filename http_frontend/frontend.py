@@ -62,6 +62,7 @@ class Frontend:
             is_running=self.journal.is_running,
         )
         self.metrics = Metrics()
+        self.metrics.epoch = run.epoch
         self.request_log = open_request_log(run.server)
         self.watch = StateWatch(self.ring)
         self.weight_version = run.server.weight_version
