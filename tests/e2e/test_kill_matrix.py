@@ -109,7 +109,8 @@ def test_nothing_is_lost(
     pause = drive(live, work)
     replays = [int(count) for count in re.findall(r"whole again: (\d+) requests", live.log()[log_size:])]
     print(f"pause of {moment}, {process}, {number.name}: {pause:.2f} s; replayed {replays}")
-    if moment not in ("idle", "update") and process != "tokenizer":  # without that one, what runs may come to its end
+    # Requests in their prefill, and without the tokenizer all that run, may come to their end before the replay.
+    if moment in ("decode", "twice") and process != "tokenizer":
         assert max(replays) >= 3
     assert pause < PAUSE_LIMIT
     _check_clean(live)
