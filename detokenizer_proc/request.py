@@ -36,7 +36,6 @@ class RequestText:
         self.key = opened.key
         self.rid = opened.rid
         self.attempt = opened.attempt
-        self.rid = opened.rid
         self.early: Finish | None = None
         self.stream: Stream = SilentStream()
         self.plain = not options.stop and not options.stop_regex

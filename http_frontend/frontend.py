@@ -46,7 +46,6 @@ class Frontend:
     warm: `/health` may be 200. startup_seconds: from the launch until then.
     stop_accepting: called when a drain leaves new connections to the next server.
     epoch: the newest that the launcher has told. lost: processes that are dead and not replaced yet.
-    deaths, replays: of processes and of requests, since this process began.
     """
 
     def __init__(self, run: RunConfig, context: zmq.Context[Any]) -> None:
@@ -74,8 +73,6 @@ class Frontend:
         self.epoch = run.epoch
         self.reborn = run.epoch > 0
         self.lost: set[str] = set()
-        self.deaths = 0
-        self.replays = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -187,7 +184,6 @@ class Frontend:
         if message.epoch <= self.epoch:
             return  # it was meant for a frontend before this one
         self.epoch = message.epoch
-        self.deaths += 1
         self.lost.add(message.process)
         count_restart(self.metrics, message.process, message.epoch)
         self.ring.hold()
@@ -202,7 +198,6 @@ class Frontend:
         self.ring.start_over(self.paused if "scheduler" in self.lost else None)
         self.lost.clear()
         replays = self.ring.release()
-        self.replays += replays
         count_replays(self.metrics, replays)
         log.info("whole again: %d requests were sent anew", replays)
 
