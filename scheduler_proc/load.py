@@ -73,19 +73,19 @@ def load_engine(config: RunConfig, *, started: float, beat: Callable[[], None] =
     seconds["weights"] = time.monotonic() - mark
     mark = time.monotonic()
     kv_dtype = dtype if server.kv_cache_dtype == "auto" else DTYPES[server.kv_cache_dtype]
-    token_bytes = kv_bytes_per_token(model_config, kv_dtype)
+    token_bytes = kv_bytes_per_token(model.held, kv_dtype)
     context = config.facts.context_length
     if model.reads_whole:
         budget = step_budget(server)
         running = server.max_running_requests or budget
         slots = max(budget, context) + running  # prompts of one token are planned beside the budget
         token_bytes //= model_config.num_layers
-        cache = step_cache(model_config, slots, kv_dtype, "cpu")
+        cache = step_cache(model.held, slots, kv_dtype, "cpu")
     else:
         budget = backend.prefill_chunk if server.chunked_prefill_size is None else server.chunked_prefill_size
         running = server.max_running_requests or MAX_RUNNING
         slots = pool_size(server, context, token_bytes, model.weight_bytes, available)
-        cache = allocate_kv_cache(model_config, slots, kv_dtype, "cpu")
+        cache = allocate_kv_cache(model.held, slots, kv_dtype, "cpu")
     program = model.program(cache)
     seconds["pool"] = time.monotonic() - mark
     gc.collect()

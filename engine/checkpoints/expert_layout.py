@@ -36,6 +36,10 @@ class StackedPlace:
     def nbytes(self) -> int:
         return sum(part.nbytes for places in self.parts for part in places)
 
+    @property
+    def span(self) -> tuple[int, int]:
+        return (0, len(self.parts))
+
     def write(self, start: int, rows: torch.Tensor) -> None:
         for places, matrix in zip(self.parts[start : start + len(rows)], rows, strict=True):
             done = 0

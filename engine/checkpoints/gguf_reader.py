@@ -18,7 +18,7 @@ from engine.checkpoints.gguf_split import split_files
 from engine.checkpoints.mapped_file import MappedFile, as_floats
 from engine.checkpoints.model_config import ModelConfig
 from engine.checkpoints.plain_file import WeightFile
-from engine.checkpoints.weights import row_ranges
+from engine.checkpoints.weights import overlap, row_ranges
 
 # ggml's name → Hugging Face's, for the families that are served.
 _GLOBAL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -122,7 +122,7 @@ class GgufReader:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: source.tensor.shape for name, source in self._sources.items()}
 
-    def pieces(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+    def pieces(self, name: str, span: tuple[int, int] | None = None) -> Iterator[tuple[int, torch.Tensor]]:
         source = self._sources[name]
         tensor = source.tensor
         if tensor.size == 0:
@@ -137,6 +137,8 @@ class GgufReader:
         data = None if order is None else source.file.bytes_at(tensor.offset, tensor.size).view(rows, -1)
         scratch = torch.empty(0)
         for start, stop in row_ranges((rows, columns)):
+            if not overlap(start * entries, stop * entries, span):
+                continue
             if data is None or order is None:
                 encoded = source.file.bytes_at(tensor.offset + start * row_bytes, (stop - start) * row_bytes)
                 encoded = encoded.view(stop - start, -1)

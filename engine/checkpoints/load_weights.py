@@ -65,9 +65,9 @@ class RenamedReader:
         shapes = {id(reader): reader.shapes() for reader, _ in self.tensors.values()}
         return {name: shapes[id(reader)][own] for name, (reader, own) in self.tensors.items()}
 
-    def pieces(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+    def pieces(self, name: str, span: tuple[int, int] | None = None) -> Iterator[tuple[int, torch.Tensor]]:
         reader, own = self.tensors[name]
-        return reader.pieces(own)
+        return reader.pieces(own, span)
 
 
 def load_weights(
@@ -124,7 +124,7 @@ def copy_weights(
 
 
 def _copy(reader: WeightReader, name: str, place: Place) -> None:
-    for start, rows in reader.pieces(name):
+    for start, rows in reader.pieces(name, place.span):
         place.write(start, rows)
 
 

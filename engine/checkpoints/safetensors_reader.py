@@ -16,7 +16,7 @@ from engine.checkpoints.errors import CheckpointError
 from engine.checkpoints.mapped_file import MappedFile, as_floats
 from engine.checkpoints.plain_file import WeightFile
 from engine.checkpoints.safetensors_index import read_index
-from engine.checkpoints.weights import row_ranges
+from engine.checkpoints.weights import overlap, row_ranges
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -63,13 +63,15 @@ class SafetensorsReader:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tensor.shape for name, tensor in self._tensors.items()}
 
-    def pieces(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+    def pieces(self, name: str, span: tuple[int, int] | None = None) -> Iterator[tuple[int, torch.Tensor]]:
         tensor = self._tensors[name]
         dtype = _DTYPES.get(tensor.dtype)
         if dtype is None:
             raise CheckpointError(f"{tensor.where}: {name} is of type {tensor.dtype}; known are {', '.join(_DTYPES)}")
         row_bytes = math.prod(tensor.shape[1:]) * dtype.itemsize
         for start, stop in row_ranges(tensor.shape):
+            if not overlap(start, stop, span):
+                continue
             offset, size = tensor.offset + start * row_bytes, (stop - start) * row_bytes
             rows = as_floats(tensor.file.bytes_at(offset, size), dtype)
             yield start, rows.view(stop - start, *tensor.shape[1:])

@@ -35,6 +35,11 @@ class Place(Protocol):
         """Bytes that the tensor's values take in the model."""
         ...
 
+    @property
+    def span(self) -> tuple[int, int]:
+        """Rows [start, stop) that are kept: others need not be written."""
+        ...
+
     def write(self, start: int, rows: torch.Tensor) -> None:
         """Put rows [n, *shape[1:]] (of any float dtype, device and strides) where rows start to start + n belong.
 
@@ -66,6 +71,10 @@ class TensorPlace:
     def nbytes(self) -> int:
         return self.tensor.nbytes
 
+    @property
+    def span(self) -> tuple[int, int]:
+        return (0, rows_in(self.shape))
+
     def write(self, start: int, rows: torch.Tensor) -> None:
         target = self.tensor if self.tensor.dim() else self.tensor.unsqueeze(0)
         target.narrow(0, start, rows.shape[0]).copy_(rows)
@@ -90,6 +99,10 @@ class OffsetPlace:
     def nbytes(self) -> int:
         return self.inner.nbytes
 
+    @property
+    def span(self) -> tuple[int, int]:
+        return self.inner.span
+
     def write(self, start: int, rows: torch.Tensor) -> None:
         self.inner.write(start, rows.float() + self.offset)
 
@@ -104,14 +117,25 @@ class WeightReader(Protocol):
         """Name → shape of every tensor."""
         ...
 
-    def pieces(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+    def pieces(self, name: str, span: tuple[int, int] | None = None) -> Iterator[tuple[int, torch.Tensor]]:
         """A tensor as (start, rows), with rows as in `Place.write`, that together are each of its rows once.
 
-        The pieces come in any order; a tensor without elements has none. `rows` lies in the file's pages or in a
-        buffer that the next piece uses again: copy it before asking for that, and never write to it. Raises
-        CheckpointError, which names the file and the tensor, for what cannot be read.
+        span: those pieces only that hold a row of [start, stop). The pieces come in any order; a tensor without
+        elements has none. `rows` lies in the file's pages or in a buffer that the next piece uses again: copy it before
+        asking for that, and never write to it. Raises CheckpointError, which names the file and the tensor, for what
+        cannot be read.
         """
         ...
+
+
+def rows_in(shape: tuple[int, ...]) -> int:
+    """Rows of a tensor of that shape; a scalar is one."""
+    return shape[0] if shape else 1
+
+
+def overlap(start: int, stop: int, span: tuple[int, int] | None) -> bool:
+    """Whether rows [start, stop) and a span have a row in common; all have with None."""
+    return span is None or (start < span[1] and span[0] < stop)
 
 
 def row_ranges(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:

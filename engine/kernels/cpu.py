@@ -15,6 +15,7 @@ from engine.kernels.kv_cache import KvCache
 from engine.kernels.packed import PackedMatrix, packed_matrix
 from engine.kernels.record import PANEL, WIDE, Recorder
 from engine.kernels.table import Doubles, Floats, Integers, Logprobs, Longs, Ops, Pooling, Rows
+from engine.parallel.group import ALONE, Group
 
 EMPTY = RaggedBatch(
     token_ids=torch.zeros(1, dtype=torch.int64),
@@ -41,7 +42,7 @@ class PlanProgram:
     given_buffer: int
     given: int = 0
 
-    def run(self, batch: RaggedBatch, rows: Rows) -> torch.Tensor:
+    def run(self, batch: RaggedBatch, rows: Rows, keep: Longs | None = None) -> torch.Tensor:
         self.plan.run(
             batch.token_ids.numpy(),
             batch.positions.numpy(),
@@ -54,7 +55,7 @@ class PlanProgram:
         )
         return self._made(len(rows))
 
-    def logits(self, rows: Rows) -> torch.Tensor:
+    def logits(self, rows: Rows, keep: Longs | None = None) -> torch.Tensor:
         self.plan.run_head(rows)
         return self._made(len(rows))
 
@@ -83,6 +84,7 @@ class CpuBackend:
     team: _cpu.Team
     sampling: _cpu.Sampling
     arena: _cpu.Arena
+    group: Group = ALONE
 
     @property
     def name(self) -> str:

@@ -14,16 +14,22 @@ from engine.kernels.batch import RaggedBatch
 from engine.kernels.dense import DenseMatrix
 from engine.kernels.kv_cache import KvCache
 from engine.kernels.table import Doubles, Floats, Integers, Logprobs, Longs, MoeWeights, Ops, Pooling, Rows
+from engine.parallel.group import ALONE, Group
 
 
 @dataclass(slots=True)
 class RoutedOps:
-    """The reference ops, and in `routed` what each mixture of experts of a step has chosen: int64 [T, top_k]."""
+    """The reference ops among the ranks of a group, and in `routed` what each mixture of experts of a step has chosen:
+    int64 [T, top_k]."""
 
+    group: Group = ALONE
     routed: list[torch.Tensor] = field(default_factory=list)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(reference, name)
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return self.group.all_reduce(x)
 
     def moe(self, x: torch.Tensor, weights: MoeWeights) -> torch.Tensor:
         ids, shares = reference.route(x, weights)
@@ -39,20 +45,21 @@ class EagerProgram:
     head: Callable[[Ops, Any], Any]
     cache: KvCache
     pooling: Pooling = "row"
+    group: Group = ALONE
     batch: RaggedBatch | None = None
     hidden: torch.Tensor | None = None
     rows: torch.Tensor | None = None
     routed: list[torch.Tensor] = field(default_factory=list)
 
     @torch.inference_mode()
-    def run(self, batch: RaggedBatch, rows: Rows) -> torch.Tensor:
-        ops = RoutedOps()
+    def run(self, batch: RaggedBatch, rows: Rows, keep: Longs | None = None) -> torch.Tensor:
+        ops = RoutedOps(self.group)
         self.batch, self.hidden = batch, self.step(cast(Ops, ops), batch, self.cache)
         self.routed = ops.routed
         return self.logits(rows)
 
     @torch.inference_mode()
-    def logits(self, rows: Rows) -> torch.Tensor:
+    def logits(self, rows: Rows, keep: Longs | None = None) -> torch.Tensor:
         assert self.hidden is not None and self.batch is not None, "logits are asked for before a step was run"
         self.rows = reference.pool(self.hidden, self.batch, torch.from_numpy(rows), self.pooling)
         result: torch.Tensor = self.head(reference, self.rows)
@@ -78,6 +85,7 @@ class EagerBackend:
 
     name: str = "reference"
     prefill_chunk: int = 512
+    group: Group = ALONE
 
     def matrix(
         self, outputs: int, inputs: int, dtype: torch.dtype, *, bias: bool = False, gated: bool = False
@@ -96,7 +104,7 @@ class EagerBackend:
         dtype: torch.dtype,
         pooling: Pooling = "row",
     ) -> EagerProgram:
-        return EagerProgram(step, head, cache, pooling)
+        return EagerProgram(step, head, cache, pooling, self.group)
 
     def best(self, logits: torch.Tensor) -> tuple[Longs, Floats]:
         return reference_sampling.best(logits)

@@ -49,6 +49,10 @@ class PackedRows:
     def nbytes(self) -> int:
         return (self.stop - self.start) * self.matrix.inputs * self.matrix.dtype.itemsize
 
+    @property
+    def span(self) -> tuple[int, int]:
+        return (0, self.stop - self.start)
+
     def write(self, start: int, rows: torch.Tensor) -> None:
         _check_within(self.shape[0], start, len(rows))
         self.matrix.packed.write(self.start + start, rows.to("cpu", self.matrix.dtype).contiguous())
@@ -76,6 +80,10 @@ class PackedBias:
     @property
     def nbytes(self) -> int:
         return (self.stop - self.start) * 4
+
+    @property
+    def span(self) -> tuple[int, int]:
+        return (0, self.stop - self.start)
 
     def write(self, start: int, rows: torch.Tensor) -> None:
         _check_within(self.shape[0], start, len(rows))

@@ -127,7 +127,7 @@ class Recorder:
             made.append(Rotary(cosines, sines, half))
         return Step(tuple(made), causal)
 
-    def embedding(self, token_ids: Any, weight: PackedMatrix, scale: float = 1.0) -> Activation:
+    def embedding(self, token_ids: Any, weight: PackedMatrix, scale: float = 1.0, first: int = 0) -> Activation:
         out = Activation(self._buffer("residual", weight.inputs, WIDE), weight.inputs)
         self.plan.embedding(weight.packed, out.buffer, scale)
         return out
@@ -136,14 +136,19 @@ class Recorder:
         self,
         batch: RaggedBatch,
         tokens: PackedMatrix,
-        positions: PackedMatrix,
+        positions: PackedMatrix | None,
         types: PackedMatrix | None,
         first_position: int,
+        first: int = 0,
     ) -> Activation:
+        assert positions is not None and not first, "only one rank is computed so far"
         out = Activation(self._buffer("residual", tokens.inputs, WIDE), tokens.inputs)
         told = None if types is None else types.packed
         self.plan.embedding_sum(tokens.packed, positions.packed, told, first_position, out.buffer)
         return out
+
+    def all_reduce(self, x: Any) -> Any:
+        return x
 
     def linear(
         self,

@@ -54,19 +54,33 @@ def _rotation(positions: torch.Tensor, rotary: RotaryFrequencies) -> tuple[torch
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
-def embedding(token_ids: torch.Tensor, weight: DenseMatrix, scale: float = 1.0) -> torch.Tensor:
-    rows = functional.embedding(token_ids, weight.weight)
+def embedding(token_ids: torch.Tensor, weight: DenseMatrix, scale: float = 1.0, first: int = 0) -> torch.Tensor:
+    own, size = token_ids - first, len(weight.weight)
+    rows = functional.embedding(own.clamp(0, size - 1), weight.weight)
+    rows = rows.masked_fill(((own < 0) | (own >= size))[:, None], 0.0)
     return rows if scale == 1.0 else rows * scale
 
 
 def embedding_sum(
-    batch: RaggedBatch, tokens: DenseMatrix, positions: DenseMatrix, types: DenseMatrix | None, first_position: int
+    batch: RaggedBatch,
+    tokens: DenseMatrix,
+    positions: DenseMatrix | None,
+    types: DenseMatrix | None,
+    first_position: int,
+    first: int = 0,
 ) -> torch.Tensor:
-    total = functional.embedding(batch.token_ids, tokens.weight)
+    total = embedding(batch.token_ids, tokens, first=first)
     if types is not None:
         type_ids = torch.zeros_like(batch.token_ids) if batch.type_ids is None else batch.type_ids
         total = total + functional.embedding(type_ids, types.weight)
-    return total + functional.embedding(batch.positions + first_position, positions.weight)
+    if positions is not None:
+        total = total + functional.embedding(batch.positions + first_position, positions.weight)
+    return total
+
+
+def all_reduce(x: torch.Tensor) -> torch.Tensor:
+    """Of one rank. With several, the program calls their group instead."""
+    return x
 
 
 def activate(x: torch.Tensor, activation: Activation) -> torch.Tensor:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from engine.checkpoints.weights import Place
 from engine.kernels.batch import RaggedBatch
 from engine.kernels.kv_cache import KvCache
+from engine.parallel.group import Group
 
 Longs = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -101,8 +102,11 @@ class Logprobs(NamedTuple):
 class Program(Protocol):
     """A model's step with its KV pool, ready to run."""
 
-    def run(self, batch: RaggedBatch, rows: Rows) -> torch.Tensor:
+    def run(self, batch: RaggedBatch, rows: Rows, keep: Longs | None = None) -> torch.Tensor:
         """Compute a step: writes the new tokens' K and V into the pool.
+
+        keep: [R], of each row how many of its largest logits are wanted, -1 for all (None: all of all rows). The
+        others may be minus infinity.
 
         Returns what the head makes of `rows` (indices into the batch's tokens), logits for instance: float32 [R, V] on
         the host or the device. The tensor may be overwritten in place, and is valid until the program's next call.
@@ -110,7 +114,7 @@ class Program(Protocol):
         """
         ...
 
-    def logits(self, rows: Rows) -> torch.Tensor:
+    def logits(self, rows: Rows, keep: Longs | None = None) -> torch.Tensor:
         """The same for other rows of the last step."""
         ...
 
@@ -153,15 +157,28 @@ class Ops(Protocol):
         """
         ...
 
-    def embedding(self, token_ids: torch.Tensor, weight: Any, scale: float = 1.0) -> torch.Tensor:
-        """Rows of the matrix `weight` [V, H] for int64 token ids [T], times `scale` → activations [T, H]."""
+    def embedding(self, token_ids: torch.Tensor, weight: Any, scale: float = 1.0, first: int = 0) -> torch.Tensor:
+        """Rows of the matrix `weight` [V, H] for int64 token ids [T], times `scale` → activations [T, H].
+
+        first: the id that row 0 is of; tokens whose row is not in `weight` get zeros."""
         ...
 
     def embedding_sum(
-        self, batch: RaggedBatch, tokens: Any, positions: Any, types: Any | None, first_position: int
+        self,
+        batch: RaggedBatch,
+        tokens: Any,
+        positions: Any | None,
+        types: Any | None,
+        first_position: int,
+        first: int = 0,
     ) -> torch.Tensor:
-        """The sum of three rows for each token → activations [T, H]: of `tokens` [V, H] by its id, of `positions`
-        [P, H] by its position + first_position, and of `types` [S, H] by its type id (None: no such part)."""
+        """The sum of three rows for each token → activations [T, H]: of `tokens` [V, H] as in `embedding`, of
+        `positions` [P, H] by its position + first_position, and of `types` [S, H] by its type id (None: no such
+        part)."""
+        ...
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks of what each has computed, x [T, H] → [T, H]; see `engine.parallel.group`."""
         ...
 
     def linear(self, x: torch.Tensor, weight: Any, activation: Activation = "identity") -> torch.Tensor:
@@ -256,6 +273,11 @@ class Backend(Protocol):
     def prefill_chunk(self) -> int:
         """Prompt tokens of a step by default: so many that products cost far more than reading the weights for them,
         and no more, since streams beside a prefill wait for its step."""
+        ...
+
+    @property
+    def group(self) -> Group:
+        """The ranks that compute a model together; this one's share of it is what is allocated here."""
         ...
 
     def matrix(

@@ -15,8 +15,10 @@ from engine.checkpoints.weights import Place
 from engine.kernels.batch import RaggedBatch
 from engine.kernels.kv_cache import KvCache
 from engine.kernels.table import Activation, Backend, MoeWeights, Ops, Program, RotaryFrequencies
+from engine.kernels.vocabulary import VocabularyGather
 from engine.layers.activations import activation_named
 from engine.layers.heads import head_output
+from engine.layers.held import held_config
 from engine.layers.rope import rotary_frequencies
 from engine.layers.weights import (
     AttentionWeights,
@@ -27,6 +29,7 @@ from engine.layers.weights import (
     ignored_names,
     weight_bytes,
 )
+from engine.parallel.division import Division, divide
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +45,7 @@ class Decoder:
     dtype: torch.dtype
     weights: DecoderWeights
     rotaries: tuple[RotaryFrequencies, ...]
+    division: Division
     places: dict[str, Place]
     ignored: tuple[str, ...]
     backend: Backend
@@ -51,11 +55,17 @@ class Decoder:
         return not self._causal or self.task.pooling != "row"
 
     @property
+    def held(self) -> ModelConfig:
+        return held_config(self.config, self.division)
+
+    @property
     def weight_bytes(self) -> int:
         return weight_bytes(self.weights)
 
     def program(self, cache: KvCache) -> Program:
-        return self.backend.compile(self._hidden, self._head, cache, self.dtype, self.task.pooling)
+        program = self.backend.compile(self._hidden, self._head, cache, self.dtype, self.task.pooling)
+        divided = self.division.ranks > 1 and self.task.kind == "generation"
+        return VocabularyGather(program, self.backend, self.division.vocabulary) if divided else program
 
     @property
     def _causal(self) -> bool:
@@ -65,8 +75,9 @@ class Decoder:
         """One step: the new tokens → [T, hidden] after the final norm."""
         weights, eps = self.weights, self.config.rms_norm_eps
         windows = tuple(dict.fromkeys(self.traits.windows))
-        step = ops.begin_step(batch, self.rotaries, self.config.num_kv_heads, windows, causal=self._causal)
-        x = ops.embedding(batch.token_ids, weights.embedding, self._embedding_scale)
+        step = ops.begin_step(batch, self.rotaries, self.division.kv.size, windows, causal=self._causal)
+        first = self.division.vocabulary.start
+        x = ops.all_reduce(ops.embedding(batch.token_ids, weights.embedding, self._embedding_scale, first))
         residual: torch.Tensor | None = None
         scale = self.config.attention_scale or self.config.head_dim**-0.5
         for layer, window, keys, values in zip(
@@ -79,7 +90,7 @@ class Decoder:
                 x = ops.rms_norm(x, None, layer.attention_post_norm, eps)[0]
             x, residual = ops.rms_norm(x, residual, layer.mlp_norm, eps)
             if isinstance(layer.mlp, MoeWeights):
-                x = ops.moe(x, layer.mlp)
+                x = ops.all_reduce(ops.moe(x, layer.mlp))
             else:
                 x = gated_mlp(ops, layer.mlp, x, self.traits.activation)
             if layer.mlp_post_norm is not None:
@@ -114,20 +125,22 @@ def attention_block(
     qkv = ops.linear(x, weights.qkv)
     queries = ops.rotary_store(qkv, weights.q_norm, weights.k_norm, eps, keys, values, rotary, step)
     attended = ops.attention(queries, keys, values, scale, window, step)
-    return ops.linear(attended, weights.output)
+    return ops.all_reduce(ops.linear(attended, weights.output))
 
 
 def gated_mlp(ops: Ops, weights: MlpWeights, x: torch.Tensor, activation: Activation) -> torch.Tensor:
     """down(activation(gate(x)) * up(x)): x [T, hidden] → [T, hidden]."""
-    return ops.linear(ops.gated_linear(x, weights.gate_up, activation), weights.down)
+    return ops.all_reduce(ops.linear(ops.gated_linear(x, weights.gate_up, activation), weights.down))
 
 
 def build_decoder(
     config: ModelConfig, traits: DecoderTraits, task: Task, *, dtype: torch.dtype, backend: Backend
 ) -> Decoder:
-    """Allocate a decoder. Raises CheckpointError where the config asks for what a decoder of this shape has not."""
+    """Allocate a decoder, or a rank's part of it. Raises CheckpointError where the config asks for what a decoder of
+    this shape has not, and ConfigError where there are more ranks than it can be divided among."""
     _check(config, traits, task)
-    weights, places = allocate_decoder(config, traits, task, dtype, backend)
+    division = divide(config, backend.group.rank, backend.group.size)
+    weights, places = allocate_decoder(config, traits, task, division, dtype, backend)
     return Decoder(
         config=config,
         task=task,
@@ -135,6 +148,7 @@ def build_decoder(
         dtype=dtype,
         weights=weights,
         rotaries=_rotaries(config),
+        division=division,
         places=places,
         ignored=ignored_names(config, task),
         backend=backend,

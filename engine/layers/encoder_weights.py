@@ -14,6 +14,8 @@ from engine.checkpoints.weights import Place
 from engine.kernels.table import Backend, Matrix
 from engine.layers.heads import DenseLayer, allocate_dense
 from engine.layers.weights import Allocator
+from engine.parallel.division import Division, whole
+from engine.parallel.places import NotHere
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,13 @@ class EncoderLayer:
 
 @dataclass(frozen=True, eq=False)
 class EncoderWeights:
-    """tokens, positions, types: tables [rows, hidden].
+    """tokens, positions, types: tables [rows, hidden], the last two on rank 0 alone.
 
     dense: layers of the head. labels: [labels, hidden], behind them; None of a model that embeds.
     """
 
     tokens: Matrix
-    positions: Matrix
+    positions: Matrix | None
     types: Matrix | None
     embedding_norm: NormWeights
     layers: tuple[EncoderLayer, ...]
@@ -61,26 +63,38 @@ class EncoderWeights:
 
 
 def allocate_encoder(
-    config: ModelConfig, traits: EncoderConfig, names: EncoderNames, task: Task, dtype: torch.dtype, backend: Backend
+    config: ModelConfig,
+    traits: EncoderConfig,
+    names: EncoderNames,
+    task: Task,
+    division: Division,
+    dtype: torch.dtype,
+    backend: Backend,
 ) -> tuple[EncoderWeights, dict[str, Place]]:
-    """Unfilled weights of an encoder for a task, and name → place for each tensor of a Hugging Face checkpoint."""
+    """Unfilled weights of a rank's part of an encoder for a task, and name → place for each tensor of a Hugging Face
+    checkpoint. Rank 0 has the tables of positions and types; the head is whole on each."""
     allocator = Allocator(backend, dtype)
     hidden, prefix = config.hidden_size, f"{names.base}.embeddings"
 
-    def table(name: str, rows: int) -> Matrix:
-        return allocator.table(f"{prefix}.{name}_embeddings.weight", rows, hidden)
+    def small_table(name: str, rows: int) -> Matrix | None:
+        full_name = f"{prefix}.{name}_embeddings.weight"
+        if division.leads:
+            return allocator.table(full_name, whole(rows), hidden)
+        allocator.places[full_name] = NotHere((rows, hidden))
+        return None
 
     dense, labels = allocate_dense(allocator.linear, task), None
     if task.kind == "classifier":
-        dense = (DenseLayer(allocator.linear({names.head_dense: hidden}, hidden, bias=True), "tanh"),)
-        labels = allocator.linear({names.head_output: task.width}, hidden, bias=True)
+        dense = (DenseLayer(allocator.linear({names.head_dense: whole(hidden)}, hidden, bias=True), "tanh"),)
+        labels = allocator.linear({names.head_output: whole(task.width)}, hidden, bias=True)
     weights = EncoderWeights(
-        tokens=table("word", config.vocab_size),
-        positions=table("position", traits.positions),
-        types=table("token_type", traits.type_vocab_size) if traits.type_vocab_size else None,
+        tokens=allocator.table(f"{prefix}.word_embeddings.weight", division.vocabulary, hidden),
+        positions=small_table("position", traits.positions),
+        types=small_table("token_type", traits.type_vocab_size) if traits.type_vocab_size else None,
         embedding_norm=_norm(allocator, f"{prefix}.LayerNorm", hidden),
         layers=tuple(
-            _layer(allocator, config, f"{names.base}.encoder.layer.{number}") for number in range(config.num_layers)
+            _layer(allocator, config, division, f"{names.base}.encoder.layer.{number}")
+            for number in range(config.num_layers)
         ),
         dense=dense,
         labels=labels,
@@ -88,15 +102,16 @@ def allocate_encoder(
     return weights, allocator.places
 
 
-def _layer(allocator: Allocator, config: ModelConfig, prefix: str) -> EncoderLayer:
-    hidden, width = config.hidden_size, config.intermediate_size
-    qkv = {f"{prefix}.attention.self.{name}": hidden for name in ("query", "key", "value")}
+def _layer(allocator: Allocator, config: ModelConfig, division: Division, prefix: str) -> EncoderLayer:
+    hidden, leads = config.hidden_size, division.leads
+    queries, kv = division.queries.times(config.head_dim), division.kv.times(config.head_dim)
+    qkv = {f"{prefix}.attention.self.{name}": rows for name, rows in (("query", queries), ("key", kv), ("value", kv))}
     return EncoderLayer(
         qkv=allocator.linear(qkv, hidden, bias=True),
-        output=allocator.linear({f"{prefix}.attention.output.dense": hidden}, hidden, bias=True),
+        output=allocator.summed(f"{prefix}.attention.output.dense", hidden, queries, bias=True, leads=leads),
         attention_norm=_norm(allocator, f"{prefix}.attention.output.LayerNorm", hidden),
-        up=allocator.linear({f"{prefix}.intermediate.dense": width}, hidden, bias=True),
-        down=allocator.linear({f"{prefix}.output.dense": hidden}, width, bias=True),
+        up=allocator.linear({f"{prefix}.intermediate.dense": division.mlp}, hidden, bias=True),
+        down=allocator.summed(f"{prefix}.output.dense", hidden, division.mlp, bias=True, leads=leads),
         mlp_norm=_norm(allocator, f"{prefix}.output.LayerNorm", hidden),
     )
 
@@ -107,9 +122,9 @@ def _norm(allocator: Allocator, name: str, size: int) -> NormWeights:
 
 def encoder_bytes(weights: EncoderWeights) -> int:
     """Memory that the weights take, as they are laid out."""
-    matrices = [weights.tokens, weights.positions, *(layer.matrix for layer in weights.dense)]
+    matrices = [weights.tokens, *(layer.matrix for layer in weights.dense)]
     vectors = [*weights.embedding_norm]
-    matrices += [matrix for matrix in (weights.types, weights.labels) if matrix is not None]
+    matrices += [matrix for matrix in (weights.positions, weights.types, weights.labels) if matrix is not None]
     for layer in weights.layers:
         matrices += [layer.qkv, layer.output, layer.up, layer.down]
         vectors += [*layer.attention_norm, *layer.mlp_norm]

@@ -9,6 +9,7 @@ import torch
 
 from engine.checkpoints.task import Task
 from engine.kernels.table import Activation, Matrix, Ops
+from engine.parallel.division import Part, whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,10 +20,12 @@ class DenseLayer:
     activation: Activation
 
 
-def allocate_dense(linear: Callable[[dict[str, int], int, bool], Matrix], task: Task) -> tuple[DenseLayer, ...]:
-    """linear: allocates a matrix from (name → rows, inputs, whether it has a bias)."""
+def allocate_dense(linear: Callable[[dict[str, Part], int, bool], Matrix], task: Task) -> tuple[DenseLayer, ...]:
+    """linear: allocates a matrix from (name → rows, inputs, whether it has a bias). Each rank has all of it."""
     return tuple(
-        DenseLayer(linear({f"{module.path}.linear": module.outputs}, module.inputs, module.bias), module.activation)
+        DenseLayer(
+            linear({f"{module.path}.linear": whole(module.outputs)}, module.inputs, module.bias), module.activation
+        )
         for module in task.dense
     )
 

@@ -12,6 +12,8 @@ from engine.checkpoints.task import Task
 from engine.checkpoints.weights import OffsetPlace, Place, TensorPlace
 from engine.kernels.table import Activation, Backend, Matrix, MoeWeights, SharedExpert
 from engine.layers.heads import DenseLayer, allocate_dense
+from engine.parallel.division import Division, Part, whole
+from engine.parallel.places import NotHere, columns_of, rows_of
 
 
 @dataclass(frozen=True)
@@ -109,47 +111,61 @@ class Allocator:
         self.places[name] = OffsetPlace(place, offset) if offset else place
         return made
 
-    def table(self, name: str, rows: int, columns: int) -> Matrix:
-        made = self._backend.matrix(rows, columns, self._dtype)
-        self.places[name] = made.rows(0, rows)
+    def table(self, name: str, rows: Part, columns: int) -> Matrix:
+        """A matrix with `rows` of a checkpoint's [rows, columns]."""
+        made = self._backend.matrix(rows.size, columns, self._dtype)
+        self.places[name] = rows_of(made.rows(0, rows.size), rows)
         return made
 
-    def linear(self, pieces: dict[str, int], inputs: int, bias: bool, gated: bool = False) -> Matrix:
-        """One projection whose rows are several checkpoint projections: name → number of rows, in order."""
-        made = self._backend.matrix(sum(pieces.values()), inputs, self._dtype, bias=bias, gated=gated)
+    def linear(self, pieces: dict[str, Part], inputs: int, bias: bool, gated: bool = False) -> Matrix:
+        """One projection whose rows are of several checkpoint projections: name → which rows, in order."""
+        outputs = sum(part.size for part in pieces.values())
+        made = self._backend.matrix(outputs, inputs, self._dtype, bias=bias, gated=gated)
         start = 0
-        for name, rows in pieces.items():
-            self.places[f"{name}.weight"] = made.rows(start, start + rows)
+        for name, part in pieces.items():
+            self.places[f"{name}.weight"] = rows_of(made.rows(start, start + part.size), part)
             if bias:
-                self.places[f"{name}.bias"] = made.bias(start, start + rows)
-            start += rows
+                self.places[f"{name}.bias"] = rows_of(made.bias(start, start + part.size), part)
+            start += part.size
+        return made
+
+    def summed(self, name: str, outputs: int, inputs: Part, bias: bool, leads: bool) -> Matrix:
+        """A projection of a part of its inputs, which gives the whole only when added up over the ranks.
+
+        leads: this rank has the bias, which is to be added once."""
+        made = self._backend.matrix(outputs, inputs.size, self._dtype, bias=bias and leads)
+        self.places[f"{name}.weight"] = columns_of(made.rows(0, outputs), inputs)
+        if bias:
+            self.places[f"{name}.bias"] = made.bias(0, outputs) if leads else NotHere((outputs,))
         return made
 
 
 def allocate_decoder(
-    config: ModelConfig, traits: DecoderTraits, task: Task, dtype: torch.dtype, backend: Backend
+    config: ModelConfig, traits: DecoderTraits, task: Task, division: Division, dtype: torch.dtype, backend: Backend
 ) -> tuple[DecoderWeights, dict[str, Place]]:
-    """Unfilled weights of a decoder for a task, and name → place for each tensor of a Hugging Face checkpoint of it."""
+    """Unfilled weights of a rank's part of a decoder for a task, and name → place for each tensor of a Hugging Face
+    checkpoint of it."""
     allocator = Allocator(backend, dtype)
-    embedding = allocator.table("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
-    layers = tuple(_layer(allocator, config, traits, index) for index in range(config.num_layers))
+    embedding = allocator.table("model.embed_tokens.weight", division.vocabulary, config.hidden_size)
+    layers = tuple(_layer(allocator, config, traits, division, index) for index in range(config.num_layers))
     final_norm = allocator.vector("model.norm.weight", config.hidden_size, traits.norm_offset)
-    head, dense = _head(allocator, config, task, embedding)
+    head, dense = _head(allocator, config, task, division, embedding)
     return DecoderWeights(embedding, layers, final_norm, head, dense), allocator.places
 
 
 def _head(
-    allocator: Allocator, config: ModelConfig, task: Task, embedding: Matrix
+    allocator: Allocator, config: ModelConfig, task: Task, division: Division, embedding: Matrix
 ) -> tuple[Matrix | None, tuple[DenseLayer, ...]]:
     hidden = config.hidden_size
     if task.kind == "embedding":
         return None, allocate_dense(allocator.linear, task)
     if task.kind == "generation":
-        return embedding if config.tie_embeddings else allocator.table("lm_head.weight", config.vocab_size, hidden), ()
+        tied = config.tie_embeddings
+        return embedding if tied else allocator.table("lm_head.weight", division.vocabulary, hidden), ()
     if about(config.architecture).head == "reward":
-        before = DenseLayer(allocator.linear({"score.0": hidden}, hidden, bias=True), "relu")
-        return allocator.linear({"score.2": task.width}, hidden, bias=True), (before,)
-    return allocator.table("score.weight", task.width, hidden), ()
+        before = DenseLayer(allocator.linear({"score.0": whole(hidden)}, hidden, bias=True), "relu")
+        return allocator.linear({"score.2": whole(task.width)}, hidden, bias=True), (before,)
+    return allocator.table("score.weight", whole(task.width), hidden), ()
 
 
 def weight_bytes(weights: DecoderWeights) -> int:
@@ -181,47 +197,60 @@ def ignored_names(config: ModelConfig, task: Task) -> tuple[str, ...]:
     return (computed, r"^lm_head\.weight$") if headless else (computed,)
 
 
-def _layer(allocator: Allocator, config: ModelConfig, traits: DecoderTraits, index: int) -> LayerWeights:
+def _layer(
+    allocator: Allocator, config: ModelConfig, traits: DecoderTraits, division: Division, index: int
+) -> LayerWeights:
     prefix, hidden = f"model.layers.{index}", config.hidden_size
 
     def norm(name: str) -> torch.Tensor:
         return allocator.vector(f"{prefix}.{name}_layernorm.weight", hidden, traits.norm_offset)
 
     attention_norm = norm("input")
-    attention = _attention(allocator, config, traits, f"{prefix}.self_attn")
+    attention = _attention(allocator, config, traits, division, f"{prefix}.self_attn")
     # Gemma gives the name of other families' norm before the MLP to one behind attention.
     attention_post_norm = norm("post_attention") if traits.post_norms else None
     mlp_norm = norm("pre_feedforward" if traits.post_norms else "post_attention")
     mlp: MlpWeights | MoeWeights
     if config.moe is not None and config.moe.sparse_layers[index]:
-        mlp = _moe(allocator, config.moe, hidden, traits.moe_names, prefix)
+        mlp = _moe(allocator, config.moe, hidden, traits.moe_names, division, prefix)
     else:
-        mlp = _mlp(allocator, hidden, config.intermediate_size, traits.mlp_bias, f"{prefix}.mlp")
+        mlp = _mlp(allocator, hidden, division.mlp, traits.mlp_bias, division.leads, f"{prefix}.mlp")
     mlp_post_norm = norm("post_feedforward") if traits.post_norms else None
     return LayerWeights(attention_norm, attention, mlp_norm, mlp, attention_post_norm, mlp_post_norm)
 
 
 def _mlp(
-    allocator: Allocator, hidden: int, width: int, bias: bool, prefix: str, names: MoeNames = MoeNames()
+    allocator: Allocator,
+    hidden: int,
+    width: Part,
+    bias: bool,
+    leads: bool,
+    prefix: str,
+    names: MoeNames = MoeNames(),
 ) -> MlpWeights:
     gate_up = {f"{prefix}.{names.gate}": width, f"{prefix}.{names.up}": width}
     return MlpWeights(
         gate_up=allocator.linear(gate_up, hidden, bias, gated=True),
-        down=allocator.linear({f"{prefix}.{names.down}": hidden}, width, bias),
+        down=allocator.summed(f"{prefix}.{names.down}", hidden, width, bias, leads),
     )
 
 
-def _moe(allocator: Allocator, moe: MoeConfig, hidden: int, names: MoeNames, prefix: str) -> MoeWeights:
-    block, width, shared_width = f"{prefix}.{names.block}", moe.intermediate_size, moe.shared_intermediate_size
-    router = allocator.linear({f"{block}.gate": moe.num_experts}, hidden, False)
+def _moe(
+    allocator: Allocator, moe: MoeConfig, hidden: int, names: MoeNames, division: Division, prefix: str
+) -> MoeWeights:
+    """Each rank has the router, and its part of the width of every expert."""
+    block, leads = f"{prefix}.{names.block}", division.leads
+    assert division.expert is not None
+    router = allocator.linear({f"{block}.gate": whole(moe.num_experts)}, hidden, False)
     experts = [
-        _mlp(allocator, hidden, width, False, f"{block}.experts.{number}", names) for number in range(moe.num_experts)
+        _mlp(allocator, hidden, division.expert, False, leads, f"{block}.experts.{number}", names)
+        for number in range(moe.num_experts)
     ]
     shared = None
-    if shared_width is not None:
-        mlp = _mlp(allocator, hidden, shared_width, False, f"{block}.shared_expert")
+    if division.shared is not None:
+        mlp = _mlp(allocator, hidden, division.shared, False, leads, f"{block}.shared_expert")
         shared = SharedExpert(
-            mlp.gate_up, mlp.down, allocator.linear({f"{block}.shared_expert_gate": 1}, hidden, False)
+            mlp.gate_up, mlp.down, allocator.linear({f"{block}.shared_expert_gate": whole(1)}, hidden, False)
         )
     return MoeWeights(
         router=router,
@@ -233,8 +262,10 @@ def _moe(allocator: Allocator, moe: MoeConfig, hidden: int, names: MoeNames, pre
     )
 
 
-def _attention(allocator: Allocator, config: ModelConfig, traits: DecoderTraits, prefix: str) -> AttentionWeights:
-    query_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+def _attention(
+    allocator: Allocator, config: ModelConfig, traits: DecoderTraits, division: Division, prefix: str
+) -> AttentionWeights:
+    query_rows, kv_rows = division.queries.times(config.head_dim), division.kv.times(config.head_dim)
     qkv = {f"{prefix}.q_proj": query_rows, f"{prefix}.k_proj": kv_rows, f"{prefix}.v_proj": kv_rows}
     norms: list[torch.Tensor | None] = [None, None]
     if traits.head_norms:
@@ -244,7 +275,7 @@ def _attention(allocator: Allocator, config: ModelConfig, traits: DecoderTraits,
         ]
     return AttentionWeights(
         qkv=allocator.linear(qkv, config.hidden_size, traits.qkv_bias),
-        output=allocator.linear({f"{prefix}.o_proj": config.hidden_size}, query_rows, traits.output_bias),
+        output=allocator.summed(f"{prefix}.o_proj", config.hidden_size, query_rows, traits.output_bias, division.leads),
         q_norm=norms[0],
         k_norm=norms[1],
     )

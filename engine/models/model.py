@@ -21,6 +21,11 @@ class Model(Protocol):
     def config(self) -> ModelConfig: ...
 
     @property
+    def held(self) -> ModelConfig:
+        """`config` with the heads that this rank computes; a KV pool is allocated for it."""
+        ...
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the matrices."""
         ...

@@ -52,6 +52,10 @@ def collected(reader: WeightReader, name: str) -> torch.Tensor:
         out[start : start + len(rows)] = rows
         seen[start : start + len(rows)] += 1
     assert out.numel() == 0 or seen.eq(1).all(), name
+    span = (len(seen) // 3, len(seen) // 2)
+    few = list(reader.pieces(name, span))
+    assert all(start < span[1] and span[0] < start + len(rows) for start, rows in few)
+    assert {row for start, rows in few for row in range(start, start + len(rows))} >= set(range(*span)), name
     return out.view(shape)
 
 
@@ -196,6 +200,7 @@ class PackedPlace:
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.shape = shape
         self.nbytes = 2 * math.prod(shape)
+        self.span = (0, shape[0])
         self.writers: set[int] = set()
         self.values = torch.full((math.prod(shape),), math.nan, dtype=torch.bfloat16)
         self._busy = threading.Lock()

@@ -34,7 +34,7 @@ def load(path: Path, on: Backend, dtype: torch.dtype = torch.float32, *, is_embe
 
 def program(model: Model) -> Program:
     """Its step, over memory that is NaN until it is written."""
-    cache = step_cache(model.config, ROOM, model.dtype, "cpu")
+    cache = step_cache(model.held, ROOM, model.dtype, "cpu")
     cache.keys[0].fill_(torch.nan)
     cache.values[0].fill_(torch.nan)
     return model.program(cache)

@@ -1,0 +1,60 @@
+"""Ranks as threads of the test's own process: a group of plain tensors, which the others are held to."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+
+from engine.parallel.group import in_order
+
+T = TypeVar("T")
+
+
+@dataclass
+class Meeting:
+    barrier: threading.Barrier
+    brought: list[torch.Tensor | None]
+
+
+@dataclass(frozen=True)
+class ThreadGroup:
+    rank: int
+    meeting: Meeting = field(repr=False)
+
+    @property
+    def size(self) -> int:
+        return len(self.meeting.brought)
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return in_order(self._meet(x))
+
+    def gather(self, x: torch.Tensor) -> list[torch.Tensor] | None:
+        parts = self._meet(x)
+        return parts if self.rank == 0 else None
+
+    def _meet(self, x: torch.Tensor) -> list[torch.Tensor]:
+        self.meeting.brought[self.rank] = x
+        self.meeting.barrier.wait(20)
+        parts = [part.clone() for part in self.meeting.brought if part is not None]
+        self.meeting.barrier.wait(20)
+        return parts
+
+
+def on_ranks(size: int, work: Callable[[ThreadGroup], T]) -> list[T]:
+    """What `work` makes on each of `size` ranks, all at the same time."""
+    meeting = Meeting(threading.Barrier(size), [None] * size)
+
+    def one(rank: int) -> T:
+        try:
+            return work(ThreadGroup(rank, meeting))
+        except BaseException:
+            meeting.barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(one, range(size)))
