@@ -33,10 +33,10 @@ void add_experts(Plan &plan, int in, const nb::tuple &weights, int out, int rout
     plan.add(ExpertProduct{&plan.buffer(in), std::move(matrices), &plan.buffer(out), &plan.routing(routing)});
 }
 
-void add_combine(Plan &plan, int outputs, int shared, int shared_gate, int residual, int routing) {
+void add_combine(Plan &plan, int outputs, int shared, int shared_gate, int residual, int routing, bool afresh) {
     const auto optional = [&](int index) { return index < 0 ? nullptr : &plan.buffer(index); };
     plan.add(Combine{&plan.buffer(outputs), optional(shared), optional(shared_gate), &plan.buffer(residual),
-                     &plan.routing(routing)});
+                     &plan.routing(routing), afresh});
 }
 
 Ids routed(Plan &plan, int index) {
@@ -59,7 +59,7 @@ void bind_moe(nb::class_<Plan> &plan) {
         .def("experts", &add_experts, nb::arg("input"), nb::arg("weights"), nb::arg("out"), nb::arg("routing"),
              nb::keep_alive<1, 3>())
         .def("combine", &add_combine, nb::arg("outputs"), nb::arg("shared"), nb::arg("shared_gate"),
-             nb::arg("residual"), nb::arg("routing"), "shared, shared_gate: -1 where there is no shared expert.")
+             nb::arg("residual"), nb::arg("routing"), nb::arg("afresh") = false, "shared, shared_gate: -1 where there is no shared expert.")
         .def("routed", &routed, nb::arg("routing"),
              "The experts of each token of the last step, best first: int32 [tokens, top_k], copied.");
 }

@@ -13,6 +13,7 @@
 #include <optional>
 #include <stdexcept>
 
+#include "bind_exchange.h"
 #include "bind_moe.h"
 #include "isa.h"
 #include "matrix.h"
@@ -254,14 +255,17 @@ void bind_plan(nb::module_ &module) {
             return product_rate(team, kernels_of(isa), dtype_of(dtype));
         },
         nb::arg("team"), nb::arg("isa"), nb::arg("dtype"), "FLOP per second of products from the first-level cache.");
+    bind_exchange(module);
     auto plan = nb::class_<Plan>(module, "Plan", "A recorded step; see csrc/plan.h");
     bind_moe(plan);
     plan.def(
             "__init__",
-            [](Plan *self, std::shared_ptr<Team> team, const std::string &isa) {
-                new (self) Plan(std::move(team), kernels_of(isa));
+            [](Plan *self, std::shared_ptr<Team> team, const std::string &isa, std::shared_ptr<Exchange> exchange) {
+                new (self) Plan(std::move(team), kernels_of(isa), std::move(exchange));
             },
-            nb::arg("team"), nb::arg("isa"))
+            nb::arg("team"), nb::arg("isa"), nb::arg("exchange").none() = nb::none())
+        .def("part", &Plan::add_part, nb::arg("width"))
+        .def("sum_parts", &Plan::sum_parts, nb::arg("part"), nb::arg("out"), nb::arg("add"))
         .def(
             "buffer",
             [](Plan &plan, int width, int dtype, int rows_each) {
@@ -270,17 +274,22 @@ void bind_plan(nb::module_ &module) {
             nb::arg("width"), nb::arg("dtype"), nb::arg("rows_each") = 1)
         .def(
             "embedding",
-            [](Plan &plan, const Matrix &table, int out, float scale) {
-                plan.add(Embedding{&table, &plan.buffer(out), scale});
+            [](Plan &plan, const Matrix &table, int out, float scale, std::int64_t first,
+               std::optional<std::int64_t> vocabulary) {
+                plan.add(Embedding{&table, &plan.buffer(out), scale, first,
+                                   vocabulary.value_or(first + table.outputs())});
             },
-            nb::arg("table"), nb::arg("out"), nb::arg("scale") = 1.0F, nb::keep_alive<1, 2>())
+            nb::arg("table"), nb::arg("out"), nb::arg("scale") = 1.0F, nb::arg("first") = 0,
+            nb::arg("vocabulary").none() = nb::none(), nb::keep_alive<1, 2>())
         .def(
             "embedding_sum",
-            [](Plan &plan, const Matrix &tokens, const Matrix &positions, const Matrix *types,
-               std::int64_t first_position, int out) {
-                plan.add(EmbeddingSum{&tokens, &positions, types, first_position, &plan.buffer(out)});
+            [](Plan &plan, const Matrix &tokens, const Matrix *positions, const Matrix *types,
+               std::int64_t first_position, int out, std::int64_t first, std::optional<std::int64_t> vocabulary) {
+                plan.add(EmbeddingSum{&tokens, positions, types, first_position, &plan.buffer(out), first,
+                                      vocabulary.value_or(first + tokens.outputs())});
             },
-            nb::arg("tokens"), nb::arg("positions"), nb::arg("types").none(), nb::arg("first_position"), nb::arg("out"),
+            nb::arg("tokens"), nb::arg("positions").none(), nb::arg("types").none(), nb::arg("first_position"),
+            nb::arg("out"), nb::arg("first") = 0, nb::arg("vocabulary").none() = nb::none(),
             nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>())
         .def(
             "angles",

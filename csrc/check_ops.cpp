@@ -48,15 +48,18 @@ void check_starts(const char *what, int count, const std::int64_t *starts, std::
 }  // namespace
 
 void check(const Embedding &op, bool in_head) {
-    require(is_float(op.out, op.table->inputs()), "the buffer does not fit the table");
+    require(is_float(op.out, op.table->inputs()) && op.first >= 0 &&
+                op.first + op.table->outputs() <= op.vocabulary,
+            "the buffer or the vocabulary does not fit the table");
     require(!in_head, MISPLACED);
 }
 
 void check(const EmbeddingSum &op, bool in_head) {
     const int width = op.tokens->inputs();
-    require(is_float(op.out, width) && op.positions->inputs() == width &&
-                (op.types == nullptr || op.types->inputs() == width) && op.first_position >= 0 &&
-                op.first_position < op.positions->outputs(),
+    require(is_float(op.out, width) && (op.types == nullptr || op.types->inputs() == width) && op.first >= 0 &&
+                op.first + op.tokens->outputs() <= op.vocabulary &&
+                (op.positions == nullptr || (op.positions->inputs() == width && op.first_position >= 0 &&
+                                             op.first_position < op.positions->outputs())),
             "the buffer and the tables do not fit each other");
     require(!in_head, MISPLACED);
 }

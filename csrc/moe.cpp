@@ -242,6 +242,9 @@ void execute(const Combine &op, const Bench &bench, int chunk, Scratch &) {
     const int width = op.residual->padded();
     for (int token = first; token < last; ++token) {
         auto *total = op.residual->row<float>(token);
+        if (op.afresh) {
+            std::fill_n(total, width, 0.0F);
+        }
         const std::int32_t *rows = op.routing->rows(token);
         const float *shares = op.routing->shares(token);
         for (int rank = 0; rank < op.routing->top_k(); ++rank) {

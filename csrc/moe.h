@@ -84,14 +84,15 @@ struct ExpertProduct {
     const Routing *routing;
 };
 
-// Adds each token's experts to its row of the residual stream, times their shares, best first; at last the shared
-// expert times the sigmoid of its gate, if there is one.
+// Adds each token's experts to its row of the residual stream (afresh: to zeros), times their shares, best first; at
+// last the shared expert times the sigmoid of its gate, if there is one.
 struct Combine {
     const Buffer *outputs;  // grouped
     const Buffer *shared;   // null: none
     const Buffer *shared_gate;
     Buffer *residual;
     const Routing *routing;
+    bool afresh;
 };
 
 // Throw std::invalid_argument for an op whose parts do not fit each other.

@@ -67,8 +67,12 @@ void run_panel(const Linear &op, const Kernels &kernels, int first, int rows, in
                      op.out->type());
 }
 
-// A row of a table as floats. row: room for it as it is stored.
+// A row of a table as floats; zeros for an index that it does not reach to. row: room for it as it is stored.
 void read_row(const Matrix &table, const Kernels &kernels, std::int64_t index, char *row, float *out) {
+    if (index < 0 || index >= table.outputs()) {
+        std::fill_n(out, table.inputs(), 0.0F);
+        return;
+    }
     table.read(static_cast<int>(index), 1, row);
     kernels.widen(row, table.type(), out, table.inputs());
 }
@@ -101,7 +105,7 @@ void execute(const Embedding &op, const Bench &bench, int chunk, Scratch &scratc
     char *row = scratch.tile.as<char>();
     for (int token = first; token < last; ++token) {
         auto *out = op.out->row<float>(token);
-        read_row(*op.table, bench.kernels, bench.inputs.token_ids[token], row, out);
+        read_row(*op.table, bench.kernels, bench.inputs.token_ids[token] - op.first, row, out);
         clear_padding(*op.out, token);
         if (op.scale != 1.0F) {
             bench.kernels.blend(out, op.scale, out, 0.0F, op.out->padded());
@@ -120,14 +124,16 @@ void execute(const EmbeddingSum &op, const Bench &bench, int chunk, Scratch &scr
     std::fill(part, part + padded, 0.0F);
     for (int token = first; token < last; ++token) {
         auto *out = op.out->row<float>(token);
-        read_row(*op.tokens, bench.kernels, inputs.token_ids[token], row, out);
+        read_row(*op.tokens, bench.kernels, inputs.token_ids[token] - op.first, row, out);
         clear_padding(*op.out, token);
         if (op.types != nullptr) {
             read_row(*op.types, bench.kernels, inputs.type_ids == nullptr ? 0 : inputs.type_ids[token], row, part);
             bench.kernels.add_to(part, nullptr, out, padded);
         }
-        read_row(*op.positions, bench.kernels, inputs.positions[token] + op.first_position, row, part);
-        bench.kernels.add_to(part, nullptr, out, padded);
+        if (op.positions != nullptr) {
+            read_row(*op.positions, bench.kernels, inputs.positions[token] + op.first_position, row, part);
+            bench.kernels.add_to(part, nullptr, out, padded);
+        }
     }
 }
 

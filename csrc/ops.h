@@ -7,20 +7,25 @@
 
 namespace tokenmill {
 
-// Rows of the table for the step's token ids, times `scale`.
+// Rows of the table for the step's token ids, times `scale`. The table's rows are those of the ids from `first` on; others
+// below `vocabulary` give zeros.
 struct Embedding {
     const Matrix *table;
     Buffer *out;
     float scale;
+    std::int64_t first;
+    std::int64_t vocabulary;
 };
 
-// The sum of a row of each table: by token id, by position + first_position, and by type id (types null: none).
+// The sum of a row of each table: by token id (as above), by position + first_position, and by type id (null: none).
 struct EmbeddingSum {
     const Matrix *tokens;
     const Matrix *positions;
     const Matrix *types;
     std::int64_t first_position;
     Buffer *out;
+    std::int64_t first;
+    std::int64_t vocabulary;
 };
 
 // Cosines and sines of the step's positions, times `factor`.

@@ -27,7 +27,7 @@ struct Overloaded : Cases... {
 
 constexpr const char *NAMES[] = {"embedding", "embedding_sum", "angles",       "norm",      "add_norm", "layer_norm",
                                  "pool",      "narrow",        "linear",       "rotary_store", "attention", "merge",
-                                 "route",     "group",         "experts",      "combine"};
+                                 "route",     "group",         "experts",      "combine",   "meet",     "sum"};
 static_assert(std::size(NAMES) == std::variant_size_v<Op>);
 
 }  // namespace
@@ -40,19 +40,49 @@ Buffer::Buffer(int width, Dtype type, bool of_head, int rows_each)
     }
 }
 
-void Buffer::reserve(int rows) {
-    if (rows > rows_) {
-        memory_ = Memory(static_cast<std::size_t>(rows) * static_cast<std::size_t>(stride_) * size_of(type_));
-        rows_ = rows;
-    }
+void Buffer::lie_in(char *memory, std::size_t bytes) {
+    data_ = memory;
+    lent_bytes_ = bytes;
 }
 
-Plan::Plan(std::shared_ptr<Team> team, const Kernels &kernels)
-    : team_(std::move(team)), kernels_(kernels), scratch_(static_cast<std::size_t>(team_->threads())) {}
+void Buffer::reserve(int rows) {
+    if (rows <= rows_) {
+        return;
+    }
+    const std::size_t bytes = static_cast<std::size_t>(rows) * static_cast<std::size_t>(stride_) * size_of(type_);
+    if (lent_bytes_ == 0) {
+        memory_ = Memory(bytes);
+        data_ = memory_.as<char>();
+    } else if (bytes > lent_bytes_) {
+        throw std::invalid_argument("a step of " + std::to_string(rows) + " rows does not fit what ranks exchange: " +
+                                    std::to_string(bytes) + " bytes, and there is room for " +
+                                    std::to_string(lent_bytes_));
+    }
+    rows_ = rows;
+}
+
+Plan::Plan(std::shared_ptr<Team> team, const Kernels &kernels, std::shared_ptr<Exchange> exchange)
+    : team_(std::move(team)), kernels_(kernels), exchange_(std::move(exchange)), scratch_(static_cast<std::size_t>(team_->threads())) {}
 
 int Plan::add_buffer(int width, Dtype type, int rows_each) {
     buffers_.push_back(std::make_unique<Buffer>(width, type, in_head_, rows_each));
     return static_cast<int>(buffers_.size()) - 1;
+}
+
+int Plan::add_part(int width) {
+    if (exchange_ == nullptr) {
+        throw std::invalid_argument("this plan has nobody to exchange parts with");
+    }
+    const int index = add_buffer(width, Dtype::f32, 1);
+    part_slots_[index] = static_cast<int>(part_slots_.size()) & 1;
+    buffer(index).lie_in(exchange_->part(exchange_->rank(), part_slots_[index]), exchange_->part_bytes());
+    return index;
+}
+
+void Plan::sum_parts(int part, int out, bool add_to_it) {
+    const int slot = part_slots_.at(part);
+    add(Meet{exchange_.get(), &buffer(part), slot});
+    add(Sum{exchange_.get(), &buffer(part), slot, &buffer(out), add_to_it});
 }
 
 int Plan::add_routing(int experts, int top_k) {
@@ -87,13 +117,18 @@ void Plan::add(Op op) {
     }
     if (const auto *embedding = std::get_if<Embedding>(&op)) {
         tile_bytes_ = std::max(tile_bytes_, static_cast<std::size_t>(embedding->table->inputs()) * sizeof(float));
-        limits_.vocabulary = std::min<std::int64_t>(limits_.vocabulary, embedding->table->outputs());
+        limits_.vocabulary = std::min(limits_.vocabulary, embedding->vocabulary);
+    }
+    if (const auto *sum = std::get_if<Sum>(&op)) {
+        tile_bytes_ = std::max(tile_bytes_, static_cast<std::size_t>(sum->out->padded()) * sizeof(float));
     }
     if (const auto *sum = std::get_if<EmbeddingSum>(&op)) {
         const auto room = 2 * static_cast<std::size_t>(sum->out->padded()) * sizeof(float);
         tile_bytes_ = std::max(tile_bytes_, room);
-        limits_.vocabulary = std::min<std::int64_t>(limits_.vocabulary, sum->tokens->outputs());
-        limits_.positions = std::min(limits_.positions, sum->positions->outputs() - sum->first_position);
+        limits_.vocabulary = std::min(limits_.vocabulary, sum->vocabulary);
+        if (sum->positions != nullptr) {
+            limits_.positions = std::min(limits_.positions, sum->positions->outputs() - sum->first_position);
+        }
         if (sum->types != nullptr) {
             limits_.types = std::min<std::int64_t>(limits_.types, sum->types->outputs());
         }
@@ -141,7 +176,13 @@ void Plan::run(const Inputs &inputs, std::int64_t slots) {
         records_ = Memory(bytes + bytes / 2);
     }
     reserve();
+    if (exchange_ != nullptr) {
+        exchange_->even();
+    }
     run_ops(0, inputs.picked > 0 ? ops_.size() : head_);
+    if (exchange_ != nullptr && exchange_->failed()) {
+        throw ExchangeError(exchange_->failure());
+    }
 }
 
 void Plan::run_head(int picked, const std::int64_t *rows) {

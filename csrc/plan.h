@@ -9,6 +9,7 @@
 
 #include "attention.h"
 #include "check_ops.h"
+#include "exchange.h"
 #include "moe.h"
 #include "ops.h"
 #include "team.h"
@@ -24,16 +25,21 @@ struct Merge {
 };
 
 using Op = std::variant<Embedding, EmbeddingSum, Angles, Norm, AddNorm, LayerNorm, Pool, Narrow, Linear, RotaryStore,
-                        Attend, Merge, Route, Group, ExpertProduct, Combine>;
+                        Attend, Merge, Route, Group, ExpertProduct, Combine, Meet, Sum>;
 
 // Ops with resolved weights and buffers, in the order in which they run. The ops after `begin_head` work on the picked
 // rows of a step and may be run again for other rows of it.
 class Plan {
   public:
-    Plan(std::shared_ptr<Team> team, const Kernels &kernels);
+    // exchange: with the other ranks of the model; null where there are none.
+    Plan(std::shared_ptr<Team> team, const Kernels &kernels, std::shared_ptr<Exchange> exchange = nullptr);
 
     int add_buffer(int width, Dtype type, int rows_each);
     Buffer &buffer(int index) { return *buffers_.at(static_cast<std::size_t>(index)); }
+
+    // A buffer whose rows the other ranks see; each is summed (into a buffer, or on top of it) before the next is made.
+    int add_part(int width);
+    void sum_parts(int part, int out, bool add_to_it);
 
     // Attention is laid out once a step for each window, causal or not. Returns the layout's index.
     int layout_of(bool causal, int window, int group, int kv_heads);
@@ -53,7 +59,8 @@ class Plan {
     Pooling pooling() const { return pooling_; }
 
     // Run a step. Buffers grow to the most tokens and picked rows seen; nothing else is allocated per step but the
-    // lists of attention's work. Throws std::bad_alloc, and std::invalid_argument for inputs that check_ops.h refuses.
+    // lists of attention's work. Throws std::bad_alloc, std::invalid_argument for inputs that check_ops.h refuses, and
+    // ExchangeError where another rank stays away.
     // slots: how many context slots there are.
     void run(const Inputs &inputs, std::int64_t slots);
     // The head for other rows of the last step; only `picked` and `picked_rows` of the inputs are looked at.
@@ -84,6 +91,8 @@ class Plan {
 
     std::shared_ptr<Team> team_;
     const Kernels &kernels_;
+    std::shared_ptr<Exchange> exchange_;
+    std::map<int, int> part_slots_;  // of the exchange, by buffer
     std::vector<std::unique_ptr<Buffer>> buffers_;
     std::vector<std::unique_ptr<Routing>> routings_;
     std::vector<Op> ops_;

@@ -17,7 +17,11 @@ class Buffer {
     // or rows_each is below 1.
     Buffer(int width, Dtype type, bool of_head, int rows_each);
 
-    // Make room for `rows` rows; what was in the buffer is lost when it grows.
+    // Its rows lie in memory of somebody else's, which has room for `bytes`.
+    void lie_in(char *memory, std::size_t bytes);
+
+    // Make room for `rows` rows; what was in the buffer is lost when it grows. Throws std::invalid_argument where memory
+    // of somebody else's is too small.
     void reserve(int rows);
 
     int width() const { return width_; }
@@ -30,8 +34,7 @@ class Buffer {
 
     template <typename T = char>
     T *row(std::ptrdiff_t index) const {
-        return reinterpret_cast<T *>(memory_.as<char>() +
-                                     index * stride_ * static_cast<std::ptrdiff_t>(size_of(type_)));
+        return reinterpret_cast<T *>(data_ + index * stride_ * static_cast<std::ptrdiff_t>(size_of(type_)));
     }
 
   private:
@@ -42,6 +45,8 @@ class Buffer {
     std::ptrdiff_t stride_;
     int rows_ = 0;
     Memory memory_;
+    char *data_ = nullptr;
+    std::size_t lent_bytes_ = 0;  // of memory of somebody else's
 };
 
 // One layer of the KV pool; strides in bytes.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -12,6 +12,7 @@ import torch
 
 from engine.parallel.group import in_order
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -45,16 +46,12 @@ class ThreadGroup:
         return parts
 
 
-def on_ranks(size: int, work: Callable[[ThreadGroup], T]) -> list[T]:
-    """What `work` makes on each of `size` ranks, all at the same time."""
+def thread_groups(size: int) -> list[ThreadGroup]:
     meeting = Meeting(threading.Barrier(size), [None] * size)
+    return [ThreadGroup(rank, meeting) for rank in range(size)]
 
-    def one(rank: int) -> T:
-        try:
-            return work(ThreadGroup(rank, meeting))
-        except BaseException:
-            meeting.barrier.abort()
-            raise
 
-    with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(one, range(size)))
+def on_each(ranks: Sequence[S], work: Callable[[S], T]) -> list[T]:
+    """What `work` makes of each of `ranks`, all at the same time."""
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        return list(pool.map(work, ranks))

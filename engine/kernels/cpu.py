@@ -11,6 +11,7 @@ import torch
 
 from engine.kernels import _cpu
 from engine.kernels.batch import RaggedBatch
+from engine.kernels.exchange_group import ExchangeGroup, lost
 from engine.kernels.kv_cache import KvCache
 from engine.kernels.packed import PackedMatrix, packed_matrix
 from engine.kernels.record import PANEL, WIDE, Recorder
@@ -43,6 +44,11 @@ class PlanProgram:
     given: int = 0
 
     def run(self, batch: RaggedBatch, rows: Rows, keep: Longs | None = None) -> torch.Tensor:
+        with lost():
+            self._run(batch, rows)
+        return self._made(len(rows))
+
+    def _run(self, batch: RaggedBatch, rows: Rows) -> None:
         self.plan.run(
             batch.token_ids.numpy(),
             batch.positions.numpy(),
@@ -53,7 +59,6 @@ class PlanProgram:
             rows,
             None if batch.type_ids is None else batch.type_ids.numpy(),
         )
-        return self._made(len(rows))
 
     def logits(self, rows: Rows, keep: Longs | None = None) -> torch.Tensor:
         self.plan.run_head(rows)
@@ -84,7 +89,11 @@ class CpuBackend:
     team: _cpu.Team
     sampling: _cpu.Sampling
     arena: _cpu.Arena
-    group: Group = ALONE
+    exchange: _cpu.Exchange | None = None
+
+    @property
+    def group(self) -> Group:
+        return ALONE if self.exchange is None else ExchangeGroup(self.exchange)
 
     @property
     def name(self) -> str:
@@ -111,8 +120,8 @@ class CpuBackend:
         dtype: torch.dtype,
         pooling: Pooling = "row",
     ) -> PlanProgram:
-        plan = _cpu.Plan(self.team, self.isa)
-        recorder = Recorder(plan, dtype)
+        plan = _cpu.Plan(self.team, self.isa, self.exchange)
+        recorder = Recorder(plan, dtype, group=self.group)
         ops = cast(Ops, recorder)
         made = head(ops, recorder.begin_head(step(ops, EMPTY, cache), pooling))
         given = recorder.picked.get(WIDE) or recorder.picked[recorder.narrow]
@@ -158,10 +167,11 @@ class CpuBackend:
         return found
 
 
-def open_cpu_backend(isa: str, cores: list[int], threads: int) -> CpuBackend:
-    """Start the team. cores: where its threads are pinned as far as there is one for each.
+def open_cpu_backend(isa: str, cores: list[int], threads: int, exchange: _cpu.Exchange | None = None) -> CpuBackend:
+    """Start the team. cores: where its threads are pinned as far as there is one for each. exchange: with the other
+    ranks, if there are any.
 
     Raises ValueError for an ISA that this machine cannot run.
     """
     team = _cpu.Team(threads, cores if threads <= len(cores) else [])
-    return CpuBackend(isa, team, _cpu.Sampling(team, isa), _cpu.Arena())  # refuses what cannot be run
+    return CpuBackend(isa, team, _cpu.Sampling(team, isa), _cpu.Arena(), exchange)  # refuses what cannot be run

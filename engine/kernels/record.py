@@ -15,78 +15,15 @@ import torch
 from engine.kernels import _cpu
 from engine.kernels.batch import RaggedBatch
 from engine.kernels.packed import DTYPES, PackedMatrix
+from engine.kernels.recorded import Activation, Mixture, Normed, Picked, Product, Rotary, Shared, Step, Stream
 from engine.kernels.table import Activation as Function
 from engine.kernels.table import MoeWeights, Pooling, RotaryFrequencies
+from engine.parallel.group import ALONE, Group
 
 WIDE = DTYPES[torch.float32]
+NO_LIMIT = 1 << 62
 PANEL = 32
 """Vectors are padded to this many entries (csrc/types.h)."""
-
-
-@dataclass(frozen=True)
-class Activation:
-    """A buffer of the plan, of `width` channels."""
-
-    buffer: int
-    width: int
-
-
-@dataclass(frozen=True)
-class Stream:
-    """The residual stream behind a layer norm: in float32, and as products want it."""
-
-    wide: Activation
-    narrow: Activation
-
-
-@dataclass(frozen=True, eq=False)
-class Product:
-    """A product that is not recorded yet: where it goes depends on who takes it."""
-
-    source: Activation
-    weight: PackedMatrix
-    activation: Function
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """Buffers of experts' outputs that are not added up yet; shared, shared_gate: -1 where there is none."""
-
-    outputs: int
-    shared: int
-    shared_gate: int
-    routing: int
-
-
-@dataclass(frozen=True, eq=False)
-class Normed:
-    """A norm of float32 rows that is not recorded yet: of which rows depends on who takes it."""
-
-    source: Activation
-    weight: torch.Tensor
-    eps: float
-
-
-@dataclass(frozen=True, eq=False)
-class Picked:
-    """The rows that a head gets, not recorded yet: picked or pooled float32 rows, or the norm of picked ones."""
-
-    source: Activation | Normed
-
-
-@dataclass(frozen=True)
-class Rotary:
-    """The buffers of a step's cosines and sines, each of `half` channels; none where nothing is rotated."""
-
-    cosines: int | None
-    sines: int | None
-    half: int
-
-
-@dataclass(frozen=True)
-class Step:
-    rotaries: tuple[Rotary, ...]
-    causal: bool
 
 
 @dataclass(eq=False)
@@ -104,6 +41,7 @@ class Recorder:
     picked: dict[int, Activation] = field(default_factory=dict)
     routings: list[int] = field(default_factory=list)
     in_head: bool = False
+    group: Group = ALONE
 
     @property
     def narrow(self) -> int:
@@ -128,8 +66,8 @@ class Recorder:
         return Step(tuple(made), causal)
 
     def embedding(self, token_ids: Any, weight: PackedMatrix, scale: float = 1.0, first: int = 0) -> Activation:
-        out = Activation(self._buffer("residual", weight.inputs, WIDE), weight.inputs)
-        self.plan.embedding(weight.packed, out.buffer, scale)
+        out = self._embedded(weight.inputs)
+        self.plan.embedding(weight.packed, out.buffer, scale, first, self._vocabulary(weight))
         return out
 
     def embedding_sum(
@@ -141,14 +79,30 @@ class Recorder:
         first_position: int,
         first: int = 0,
     ) -> Activation:
-        assert positions is not None and not first, "only one rank is computed so far"
-        out = Activation(self._buffer("residual", tokens.inputs, WIDE), tokens.inputs)
-        told = None if types is None else types.packed
-        self.plan.embedding_sum(tokens.packed, positions.packed, told, first_position, out.buffer)
+        out = self._embedded(tokens.inputs)
+        self.plan.embedding_sum(
+            tokens.packed, None if positions is None else positions.packed, None if types is None else types.packed,
+            first_position, out.buffer, first, self._vocabulary(tokens),
+        )  # fmt: skip
         return out
 
-    def all_reduce(self, x: Any) -> Any:
-        return x
+    def _embedded(self, width: int) -> Activation:
+        """Where embeddings go: to the residual stream, or to the part of it that this rank contributes."""
+        alone = self.group.size == 1
+        return Activation(self._buffer("residual", width, WIDE) if alone else self.plan.part(width), width)
+
+    def _vocabulary(self, table: PackedMatrix) -> int:
+        """Ids that steps may hold: with several ranks also those of others' rows, which the tokenizer has checked."""
+        return table.outputs if self.group.size == 1 else NO_LIMIT
+
+    def all_reduce(self, x: Activation | Product | Mixture) -> Activation | Product | Mixture | Shared:
+        if self.group.size == 1:
+            return x
+        if isinstance(x, Product | Mixture):
+            return Shared(x)
+        total = Activation(self._buffer("residual", x.width, WIDE), x.width)
+        self.plan.sum_parts(x.buffer, total.buffer, False)
+        return total
 
     def linear(
         self,
@@ -182,16 +136,16 @@ class Recorder:
         outputs = self._buffer("experts' outputs", hidden, WIDE, top_k)
         plan.experts(gated, tuple(one.packed for one in weights.downs), outputs, routing)
         if weights.shared is None:
-            return Mixture(outputs, -1, -1, routing)
+            return Mixture(hidden, outputs, -1, -1, routing)
         shared, gate = self._buffer("shared expert", hidden, WIDE), self._buffer("shared gate", 1, WIDE)
         plan.linear(rows.buffer, weights.shared.gate.packed, gate, "store", False)
         inner = self.gated_linear(rows, weights.shared.gate_up)
         plan.linear(inner.buffer, weights.shared.down.packed, shared, "store", False)
-        return Mixture(outputs, shared, gate, routing)
+        return Mixture(hidden, outputs, shared, gate, routing)
 
     def rms_norm(
         self,
-        x: Activation | Product | Mixture | Normed,
+        x: Activation | Product | Mixture | Shared | Normed,
         residual: Activation | None,
         weight: torch.Tensor,
         eps: float,
@@ -201,10 +155,10 @@ class Recorder:
                 raise TypeError("the norm of a branch is normed only together with the residual stream")
             self.plan.add_norm(x.source.buffer, self._address(x.weight), x.eps, residual.buffer)
             return Normed(residual, weight, eps), residual
-        if isinstance(x, Product) and residual is None:
+        if residual is None and (isinstance(x, Product) or (isinstance(x, Shared) and isinstance(x.own, Product))):
             branch = self._stored(x, "branch", WIDE)
             return Normed(branch, weight, eps), branch
-        if isinstance(x, Product | Mixture):
+        if isinstance(x, Product | Mixture | Shared):
             if residual is None:
                 raise TypeError("experts' outputs are normed only together with the residual stream")
             return Normed(self._added(x, residual), weight, eps), residual
@@ -214,14 +168,14 @@ class Recorder:
 
     def layer_norm(
         self,
-        x: Activation | Product,
+        x: Activation | Product | Shared,
         residual: Activation | Stream | None,
         weight: torch.Tensor,
         bias: torch.Tensor,
         eps: float,
     ) -> Stream:
         total = residual.wide if isinstance(residual, Stream) else residual
-        if isinstance(x, Product):
+        if isinstance(x, Product | Shared):
             total = self._stored(x, "residual", WIDE) if total is None else self._added(x, total)
         elif total is not None:
             raise TypeError("only a product can be added to the residual stream")
@@ -314,15 +268,33 @@ class Recorder:
                 self.plan.norm(x.source.buffer, self._address(x.weight), x.eps, out.buffer, False)
                 return out
 
-    def _stored(self, x: Product, role: str, dtype: int) -> Activation:
+    def _stored(self, x: Product | Shared, role: str, dtype: int) -> Activation:
         """Record a product into the buffer of a role, or of another where that is what the product reads."""
+        if isinstance(x, Shared):
+            part = self._part(x.own)
+            total = Activation(self._buffer(role, part.width, dtype), part.width)
+            self.plan.sum_parts(part.buffer, total.buffer, False)
+            return total
         out = self._buffer(role, x.weight.outputs, dtype)
         if out == x.source.buffer:
             out = self._buffer(f"{role} of {role}", x.weight.outputs, dtype)
         self.plan.linear(x.source.buffer, x.weight.packed, out, "store", self.in_head, x.activation)
         return Activation(out, x.weight.outputs)
 
-    def _added(self, x: Product | Mixture, residual: Activation) -> Activation:
+    def _part(self, own: Product | Mixture) -> Activation:
+        """Record what this rank contributes to a sum."""
+        width = own.width if isinstance(own, Mixture) else own.weight.outputs
+        part = Activation(self.plan.part(width), width)
+        if isinstance(own, Mixture):
+            self.plan.combine(own.outputs, own.shared, own.shared_gate, part.buffer, own.routing, afresh=True)
+        else:
+            self.plan.linear(own.source.buffer, own.weight.packed, part.buffer, "store", False, own.activation)
+        return part
+
+    def _added(self, x: Product | Mixture | Shared, residual: Activation) -> Activation:
+        if isinstance(x, Shared):
+            self.plan.sum_parts(self._part(x.own).buffer, residual.buffer, True)
+            return residual
         if isinstance(x, Mixture):
             self.plan.combine(x.outputs, x.shared, x.shared_gate, residual.buffer, x.routing)
             return residual

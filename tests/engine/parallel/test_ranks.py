@@ -1,4 +1,4 @@
-"""A model divided among ranks against the same model on one: every kind, on the reference ops."""
+"""A model divided among ranks against the same model on one: every kind, on every backend; ranks are threads here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from thread_group import ThreadGroup, on_ranks
+from backends import ISAS, backend
+from thread_group import on_each, thread_groups
 from tiny_models import (
     tiny_bert,
     tiny_gemma3,
@@ -25,10 +26,15 @@ from tiny_models import (
 from transformers import AutoModel, AutoModelForSequenceClassification
 from whole_texts import load, program, random_texts, vectors
 
+from engine.kernels import _cpu
 from engine.kernels.batch import RaggedBatch
+from engine.kernels.cpu import open_cpu_backend
 from engine.kernels.eager import EagerBackend
 from engine.kernels.kv_cache import allocate_kv_cache
-from engine.parallel.group import ALONE, Group
+from engine.kernels.table import Backend
+
+BACKENDS = ["reference", *ISAS[:1]]
+"""The best instruction set is enough: they differ in nothing that ranks touch."""
 
 GENERATORS: dict[str, tuple[Callable[..., Path], dict[str, Any]]] = {
     "llama, 9 heads in 3 groups": (tiny_llama, {}),
@@ -43,9 +49,18 @@ GENERATORS: dict[str, tuple[Callable[..., Path], dict[str, Any]]] = {
 }
 
 
-def logits(path: Path, group: Group, keep: int | None) -> tuple[torch.Tensor, int]:
+def ranked(name: str, size: int, folder: Path) -> list[Backend]:
+    """The backend of each rank."""
+    if name == "reference":
+        return [EagerBackend(group=group) for group in thread_groups(size)]
+    where = str(folder / "exchange")
+    exchanges = [_cpu.SharedExchange(where, rank, size, 1 << 16, 20.0, rank == 0) for rank in range(size)]
+    return [open_cpu_backend(name, [], 1, exchange) for exchange in exchanges]
+
+
+def logits(path: Path, on: Backend, keep: int | None) -> tuple[torch.Tensor, int]:
     """Of two texts at every position, the second in two chunks, on rank 0; and the bytes of weights that a rank has."""
-    model = load(path, EagerBackend(group=group))
+    model = load(path, on)
     run = model.program(allocate_kv_cache(model.held, 64, torch.float32, "cpu"))
     first, second = random_texts(model.config.vocab_size, (9, 14))
     found = []
@@ -64,13 +79,14 @@ def logits(path: Path, group: Group, keep: int | None) -> tuple[torch.Tensor, in
     return torch.cat(found), model.weight_bytes
 
 
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("case", GENERATORS)
-def test_logits(case: str, size: int, tmp_path: Path) -> None:
+def test_logits(case: str, size: int, name: str, tmp_path: Path) -> None:
     write, overrides = GENERATORS[case]
     path = write(tmp_path / "model", **overrides)
-    wanted, all_bytes = logits(path, ALONE, None)
-    (found, rank_bytes), *others = on_ranks(size, lambda group: logits(path, group, None))
+    wanted, all_bytes = logits(path, backend(name), None)
+    (found, rank_bytes), *others = on_each(ranked(name, size, tmp_path), lambda on: logits(path, on, None))
     torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
     assert all(len(rest) == 0 for rest, _ in others)
     assert max(rank_bytes, *(one for _, one in others)) < all_bytes * (1 / size + 0.35)
@@ -79,8 +95,8 @@ def test_logits(case: str, size: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("keep", [0, 1, 5, 10_000])
 def test_only_what_is_kept_is_gathered(keep: int, tmp_path: Path) -> None:
     path = tiny_llama(tmp_path / "model")
-    wanted, _ = logits(path, ALONE, None)
-    found, _ = on_ranks(2, lambda group: logits(path, group, keep))[0]
+    wanted, _ = logits(path, backend("reference"), None)
+    found, _ = on_each(ranked("reference", 2, tmp_path), lambda on: logits(path, on, keep))[0]
     most = max(1, min(keep, wanted.shape[1]))
     torch.testing.assert_close(found.topk(most).values, wanted.topk(most).values, atol=2e-5, rtol=1e-4)
     assert torch.equal(found.argmax(-1), wanted.argmax(-1))
@@ -96,21 +112,15 @@ VECTORS: dict[str, Callable[[Path], Path]] = {
 }
 
 
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("case", VECTORS)
-def test_vectors(case: str, size: int, tmp_path: Path) -> None:
+def test_vectors(case: str, size: int, name: str, tmp_path: Path) -> None:
     path = VECTORS[case](tmp_path / "model")
 
-    def made(group: Group) -> torch.Tensor:
-        model = load(path, EagerBackend(group=group), is_embedding=case == "embedding")
+    def made(on: Backend) -> torch.Tensor:
+        model = load(path, on, is_embedding=case == "embedding")
         return vectors(program(model), random_texts(model.config.vocab_size, (5, 1, 17)))
 
-    found: list[torch.Tensor] = on_ranks(size, made)
-    torch.testing.assert_close(found[0], made(ALONE), atol=2e-5, rtol=1e-4)
-
-
-def test_a_group_of_threads_adds_in_the_order_of_ranks() -> None:
-    big = torch.tensor([2.0**25, 1.0, -(2.0**25)])
-    sums = on_ranks(3, lambda group: group.all_reduce(big[group.rank : group.rank + 1]).item())
-    assert sums == [0.0, 0.0, 0.0], "(2^25 + 1) - 2^25 in float32"
-    assert isinstance(on_ranks(2, lambda group: group)[0], ThreadGroup)
+    found: list[torch.Tensor] = on_each(ranked(name, size, tmp_path), made)
+    torch.testing.assert_close(found[0], made(backend(name)), atol=2e-5, rtol=1e-4)
