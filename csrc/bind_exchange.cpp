@@ -92,7 +92,8 @@ void bind_exchange(nb::module_ &module) {
                     try {
                         carry(slot, bytes);
                     } catch (const nb::python_error &error) {
-                        throw std::runtime_error(error.what());  // which may be looked at without the interpreter
+                        // Which may be looked at without the interpreter.
+                        throw std::runtime_error(nb::str(error.value()).c_str());
                     }
                 };
                 new (self) CarriedExchange(rank, ranks, part_bytes, std::move(call));
