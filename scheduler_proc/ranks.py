@@ -75,6 +75,7 @@ class Ranks:
     folder: Path
     patience: float
     beat: Callable[[], None] = lambda: None
+    _heard: list[FromWorker] = field(default_factory=list)
     _sending: threading.Lock = field(default_factory=threading.Lock)
     _asking: threading.Lock = field(default_factory=threading.Lock)
 
@@ -104,15 +105,15 @@ class Ranks:
 
     def _hear(self, kind: type[A]) -> list[A]:
         found: dict[int, A] = {}
-        while len(found) < len(self.workers):
+        while True:
+            # A quick worker may tell what is asked next while a slow one has not answered yet.
+            found |= {answer.rank: answer for answer in self._heard if isinstance(answer, kind)}
+            self._heard = [answer for answer in self._heard if not isinstance(answer, kind)]
+            if len(found) == len(self.workers):
+                return [found[rank] for rank in sorted(found)]
             self._beat()
-            if not self.inbox.wait(BEATS):
-                continue
-            for answer in self.inbox.drain():
-                if not isinstance(answer, kind):
-                    raise GroupLostError(f"rank {answer.rank} answers {answer!r} where {kind.__name__} is awaited")
-                found[answer.rank] = answer
-        return [found[rank] for rank in sorted(found)]
+            if self.inbox.wait(BEATS):
+                self._heard += self.inbox.drain()
 
     @contextmanager
     def _question(self) -> Iterator[None]:

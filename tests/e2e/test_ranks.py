@@ -242,7 +242,7 @@ def test_each_rank_writes_its_record_of_experts(tmp_path: Path) -> None:
 def test_each_rank_holds_its_share(tmp_path: Path) -> None:
     """Of a model whose weights are much more than what a process takes anyway."""
     sizes = {"hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 4, "num_attention_heads": 16,
-             "num_key_value_heads": 8, "vocab_size": 420, "head_dim": 64}  # fmt: skip
+             "num_key_value_heads": 8, "head_dim": 64}  # fmt: skip
     model = tiny_llama(tmp_path / "model", **sizes)
     used = {}
     for ranks in (1, 2):
