@@ -20,10 +20,12 @@ from engine.config import ConfigError, RunConfig, ServerConfig
 from engine.kernels.choice import open_backend
 from engine.kernels.host_memory import available_memory
 from engine.kernels.kv_cache import allocate_kv_cache, kv_bytes_per_token, step_cache
+from engine.kernels.parts import part_bytes
 from engine.kernels.table import Backend, Program
 from engine.models.model import Model
 from engine.models.registry import build_model
 from engine.wire.lifecycle import Limits
+from scheduler_proc.company import ALONE, Company, Needs
 from scheduler_proc.weights import Checkpoint, launched_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -33,6 +35,8 @@ POOL_SHARE = 0.5
 POOL_CONTEXTS = 16
 """The default pool holds at most so many full contexts: more would only fill memory with old prefixes."""
 MAX_RUNNING = 64
+LARGEST_CHUNK = 1024
+"""No backend's `prefill_chunk` is larger."""
 WHOLE_STEP = 1024
 """Prompt tokens of a step by default where prompts are read whole: many short texts make one large product."""
 
@@ -52,19 +56,32 @@ class Engine:
     limits: Limits
 
 
-def load_engine(config: RunConfig, *, started: float, beat: Callable[[], None] = lambda: None) -> Engine:
-    """Load the weights, size and allocate the pool. `started`: time.monotonic() at the start of the process. `beat`:
-    called again and again, as a sign of life.
+def load_engine(
+    config: RunConfig, *, started: float, beat: Callable[[], None] = lambda: None, company: Company = ALONE
+) -> Engine:
+    """Size the pool, load the weights, allocate the pool. `started`: time.monotonic() at the start of the process.
+    `beat`: called again and again, as a sign of life. company: the other ranks of this host.
     """
     server = config.server
     seconds = {"imports": time.monotonic() - started}
-    backend = open_backend(server.cpu_isa, server.cpu_threads)
-    available = available_memory()
     model_config = read_model_config(config.model, server.json_model_override_args)
-    dtype = DTYPES[server.dtype]
     task = read_task(config.model, model_config, is_embedding=server.is_embedding)
+    context = config.facts.context_length
+    exchange = company.join(part_bytes(largest_step(server, model_config, task, context), model_config.hidden_size))
+    available = available_memory()
+    backend = open_backend(server.cpu_isa, server.cpu_threads, exchange)
+    dtype = DTYPES[server.dtype]
     model = build_model(model_config, task, dtype=dtype, backend=backend)
-    check_fits(model.weight_bytes, available)
+    kv_dtype = dtype if server.kv_cache_dtype == "auto" else DTYPES[server.kv_cache_dtype]
+    token_bytes = kv_bytes_per_token(model.held, kv_dtype) // (model_config.num_layers if model.reads_whole else 1)
+
+    def size(all_ranks: Needs) -> int:
+        check_fits(all_ranks.weight_bytes, available)
+        if model.reads_whole:
+            return whole_steps(server, context)
+        return pool_size(server, context, all_ranks.token_bytes, all_ranks.weight_bytes, available)
+
+    slots, needs = company.settle(Needs(model.weight_bytes, token_bytes), size)
     mark = time.monotonic()
     checkpoint = launched_checkpoint(config)
     beat()
@@ -72,19 +89,13 @@ def load_engine(config: RunConfig, *, started: float, beat: Callable[[], None] =
     beat()
     seconds["weights"] = time.monotonic() - mark
     mark = time.monotonic()
-    kv_dtype = dtype if server.kv_cache_dtype == "auto" else DTYPES[server.kv_cache_dtype]
-    token_bytes = kv_bytes_per_token(model.held, kv_dtype)
-    context = config.facts.context_length
     if model.reads_whole:
         budget = step_budget(server)
         running = server.max_running_requests or budget
-        slots = max(budget, context) + running  # prompts of one token are planned beside the budget
-        token_bytes //= model_config.num_layers
         cache = step_cache(model.held, slots, kv_dtype, "cpu")
     else:
         budget = backend.prefill_chunk if server.chunked_prefill_size is None else server.chunked_prefill_size
         running = server.max_running_requests or MAX_RUNNING
-        slots = pool_size(server, context, token_bytes, model.weight_bytes, available)
         cache = allocate_kv_cache(model.held, slots, kv_dtype, "cpu")
     program = model.program(cache)
     seconds["pool"] = time.monotonic() - mark
@@ -96,8 +107,8 @@ def load_engine(config: RunConfig, *, started: float, beat: Callable[[], None] =
         max_req_input_len=longest - 5 if task.kind == "generation" else longest + 1,
         max_running_requests=running,
         chunked_prefill_size=budget,
-        weight_gb=model.weight_bytes / 1e9,
-        kvcache_gb=slots * token_bytes / 1e9,
+        weight_gb=needs.weight_bytes / 1e9,
+        kvcache_gb=slots * needs.token_bytes / 1e9,
         available_gb=available / 1e9,
         load_seconds=seconds,
     )
@@ -108,6 +119,21 @@ def load_engine(config: RunConfig, *, started: float, beat: Callable[[], None] =
         ", ".join(f"{name} {spent:.2f} s" for name, spent in seconds.items()),
     )  # fmt: skip
     return Engine(model, checkpoint, backend, program, task, model.reads_whole, limits)
+
+
+def whole_steps(server: ServerConfig, context: int) -> int:
+    """Most tokens of a step where prompts are read whole."""
+    budget = step_budget(server)
+    return max(budget, context) + (server.max_running_requests or budget)  # prompts of one token come beside the budget
+
+
+def largest_step(server: ServerConfig, config: ModelConfig, task: Task, context: int) -> int:
+    """Most tokens of a step, before the backend has a say in it."""
+    if config.encoder is not None or task.pooling != "row" or not (config.causal or task.kind == "generation"):
+        return whole_steps(server, context)
+    chunk = LARGEST_CHUNK if server.chunked_prefill_size is None else server.chunked_prefill_size
+    budget = server.max_prefill_tokens if chunk < 0 else chunk
+    return budget + (server.max_running_requests or MAX_RUNNING)
 
 
 def step_budget(server: ServerConfig) -> int:

@@ -183,8 +183,8 @@ def recorder_settings(server: ServerConfig, model: ModelConfig) -> RecorderSetti
     )
 
 
-def obey(recorder: Recorder | None, action: str) -> str | None:
-    """Start, stop or dump. Returns why it could not be done."""
+def obey(recorder: Recorder | None, action: str, rank: int = 0) -> str | None:
+    """Start, stop or dump `rank`'s record. Returns why it could not be done."""
     if recorder is None:
         return "the expert distribution is not recorded: --expert-distribution-recorder-mode is not set"
     match action:
@@ -194,7 +194,7 @@ def obey(recorder: Recorder | None, action: str) -> str | None:
             recorder.stop()
         case _:
             try:
-                recorder.dump(rank=0)
+                recorder.dump(rank)
             except OSError as error:
                 logger.exception("The expert distribution cannot be written")
                 folder = recorder.settings.folder

@@ -16,6 +16,7 @@ from scheduler_proc.planner import Extend
 from scheduler_proc.prompt_logprobs import record
 from scheduler_proc.recorder import Recorder
 from scheduler_proc.request import Request
+from scheduler_proc.sampler import wanted_logits
 
 logger = logging.getLogger(__name__)
 
@@ -27,11 +28,12 @@ HEAD_ROWS = 128
 @dataclass(frozen=True, slots=True)
 class Runner:
     """The model's step over its KV pool. backend: the program's, for the logprobs of prompts. recorder: None where none
-    was asked for."""
+    was asked for. divided: the logits come from several ranks, and those that nobody looks at are not fetched."""
 
     program: Program
     backend: Backend
     recorder: Recorder | None = None
+    divided: bool = False
 
     def run(self, plan: list[Extend]) -> tuple[torch.Tensor, list[Request]]:
         """Compute one step: KV of every planned token, prompt logprobs where wanted.
@@ -48,7 +50,8 @@ class Runner:
         ends = [batch.query_starts[i + 1] - 1 for i, step in enumerate(plan) if step.completes]
         rows = np.array(ends, np.int64)
         if all(step.request.prompt_logprobs is None for step in plan):
-            logits = self.program.run(batch, rows)
+            keep = wanted_logits(sampled) if self.divided else None
+            logits = self.program.run(batch, rows) if keep is None else self.program.run(batch, rows, keep)
         else:
             self.program.run(batch, NO_ROWS)
             self._prompt_logprobs(plan, batch)

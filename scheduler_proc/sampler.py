@@ -21,6 +21,8 @@ from scheduler_proc.request import Request
 
 GREEDY_BELOW = 1e-6
 """A temperature under this means argmax."""
+MOST_WANTED = 256
+"""From so many on all of them are as quickly had."""
 
 _LARGEST = float(torch.finfo(torch.float32).max)
 
@@ -69,6 +71,21 @@ def sample(
         for row, entry in zip(at, output_logprobs(backend, logits, at, chosen, temperatures, wanted), strict=True):
             rows[row] = SampledRow(tokens[row], entry)
     return rows
+
+
+def wanted_logits(requests: list[Request]) -> Longs:
+    """Of each request how many of its largest logits `sample` looks at: int64 [R], -1 for all of them."""
+    return np.array([_wanted(request) for request in requests], np.int64)
+
+
+def _wanted(request: Request) -> int:
+    sampling = request.admit.sampling
+    if request.admit.logprobs is not None or _is_adjusted(request):
+        return -1
+    if sampling.temperature < GREEDY_BELOW:
+        return 1
+    # The others' weights count where top_p is a share of all of them.
+    return sampling.top_k if 0 < sampling.top_k < MOST_WANTED and sampling.top_p >= 1.0 else -1
 
 
 def _is_adjusted(request: Request) -> bool:

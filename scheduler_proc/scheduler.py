@@ -38,6 +38,7 @@ from scheduler_proc.kv_memory import InvariantError
 from scheduler_proc.operation import Operation
 from scheduler_proc.outputs import StepRows
 from scheduler_proc.planner import Planner
+from scheduler_proc.ranks import Ranks
 from scheduler_proc.recorder import obey
 from scheduler_proc.request import Request, new_request
 from scheduler_proc.runner import Runner
@@ -86,6 +87,7 @@ class Scheduler:
     """updates: None where there are no weights to be updated. first_version: of the weights that serve at first.
 
     generation: whether steps may be computed, and with which weights. heart: None where nobody listens.
+    ranks: the others of a divided model.
     """
 
     settings: SchedulerSettings
@@ -101,6 +103,7 @@ class Scheduler:
     updates: WeightUpdates | None = None
     first_version: str = "default"
     heart: Heart | None = None
+    ranks: Ranks | None = None
     trials: Trials = field(init=False)
     generation: Generation = field(init=False)
     operation: Operation = field(init=False)
@@ -204,8 +207,11 @@ class Scheduler:
             case QueryState(key):
                 self.outbox.send(State(key, self.state()))
             case RecordExperts(key, action):
-                self.outbox.send(ExpertsRecorded(key, obey(self.runner.recorder, action)))
+                elsewhere = self.ranks.record(action) if self.ranks is not None else None
+                self.outbox.send(ExpertsRecorded(key, obey(self.runner.recorder, action) or elsewhere))
             case Tune() | SlowDown() | Profile():
+                if self.ranks is not None and isinstance(message, Tune):
+                    self.ranks.tell(message)
                 self.operation.handle(message)
             case _:
                 self._control(message)

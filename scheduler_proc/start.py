@@ -12,15 +12,19 @@ import zmq
 from engine.checkpoints.errors import CheckpointError
 from engine.config import ConfigError, RunConfig
 from engine.config.environment import switch, time_limit
+from engine.parallel.group import GroupLostError
 from engine.wire.board import Heart
 from engine.wire.process import arguments, begin, report_ready
 from engine.wire.sockets import Inbox, Outbox
 from engine.wire.to_scheduler import ToScheduler
+from engine.wire.to_worker import RANKS, FromWorker, Loaded, ToWorker, worker_name
 from scheduler_proc.answers import Answers
+from scheduler_proc.company import ALONE
 from scheduler_proc.kv_memory import KvMemory
-from scheduler_proc.load import Engine, load_engine, longest_request
+from scheduler_proc.load import Engine, largest_step, load_engine, longest_request
 from scheduler_proc.memory import Memory
 from scheduler_proc.planner import Planner, PlannerLimits
+from scheduler_proc.ranks import Bounds, RankedProgram, open_ranks
 from scheduler_proc.recorder import Recorder, recorder_settings
 from scheduler_proc.runner import Runner
 from scheduler_proc.scheduler import Scheduler, SchedulerSettings
@@ -28,6 +32,7 @@ from scheduler_proc.statistics import Statistics
 from scheduler_proc.step_memory import StepMemory
 from scheduler_proc.weight_updates import WeightUpdates
 from scheduler_proc.weights import Weights, WeightsLostError
+from scheduler_proc.worker import Line, Worker
 
 logger = logging.getLogger(__name__)
 
@@ -41,35 +46,77 @@ def main(started: float) -> None:
     """
     options = arguments("Tokenmill's scheduler and model worker", rank=True)
     config = begin(options.config, f"scheduler tp{options.rank}")
+    try:
+        if options.rank:
+            work(config, options.rank, started)
+        else:
+            schedule(config, started)
+    except (CheckpointError, ConfigError) as error:
+        sys.exit(f"error: {error}")
+    except (WeightsLostError, GroupLostError) as error:
+        logger.critical("Rank %d ends: %s", options.rank, error)
+        sys.exit(1)
+
+
+def schedule(config: RunConfig, started: float) -> None:
+    """As rank 0, which may be the only one."""
+    server = config.server
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     inbox: Inbox[ToScheduler] = Inbox(context, config.runtime_dir, NAME, ToScheduler)
     heart = Heart(config.runtime_dir, NAME)
-    try:
-        engine = load_engine(config, started=started, beat=heart.beat)
-        loop_settings = settings(config, engine, started)
-    except (CheckpointError, ConfigError) as error:
-        sys.exit(f"error: {error}")
+    ranks = None
+    if server.tp_size > 1:
+        ranks = open_ranks(context, config.runtime_dir, server.tp_size, server.watchdog_timeout, heart.beat)
+    engine = load_engine(config, started=started, beat=heart.beat, company=ranks or ALONE)
+    program, loop_settings = engine.program, settings(config, engine, started)
+    if ranks is not None:
+        ranks.loaded()
+        program = RankedProgram(program, ranks, bounds(config, engine))
+    moved = config.model if config.launched else None
+    weights = Weights(engine.model, engine.checkpoint, config, moved=moved, ranks=ranks)
+    divided = ranks is not None and engine.task.kind == "generation"
     scheduler = Scheduler(
         settings=loop_settings,
         planner=Planner(planner_limits(config, engine), memory(config, engine)),
-        runner=Runner(engine.program, engine.backend, recorder(config, engine)),
+        runner=Runner(program, engine.backend, recorder(config, engine), divided),
         backend=engine.backend,
         inbox=inbox,
         outbox=Answers(Outbox(context, config.runtime_dir, "detokenizer")),
         statistics=Statistics(config.server.decode_log_interval),
-        updates=WeightUpdates(
-            Weights(engine.model, engine.checkpoint, config, moved=config.model if config.launched else None)
-        ),
-        first_version=config.server.weight_version,
+        updates=WeightUpdates(weights),
+        first_version=server.weight_version,
         heart=heart,
+        ranks=ranks,
     )
     heart.beat()
     report_ready(context, config, NAME, engine.limits)
-    try:
-        scheduler.loop()
-    except WeightsLostError as error:
-        logger.critical("The scheduler ends: %s", error)
-        sys.exit(1)
+    scheduler.loop()
+
+
+def work(config: RunConfig, rank: int, started: float) -> None:
+    """As a rank that another one, rank 0, tells what to do."""
+    name = worker_name(rank)
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    inbox: Inbox[ToWorker] = Inbox(context, config.runtime_dir, name, ToWorker)
+    outbox: Outbox[FromWorker] = Outbox(context, config.runtime_dir, RANKS)
+    heart = Heart(config.runtime_dir, name)
+    line = Line(rank, config.server.tp_size, inbox, outbox, heart.beat)
+    engine = load_engine(config, started=started, beat=heart.beat, company=line)
+    weights = Weights(engine.model, engine.checkpoint, config)
+    worker = Worker(line, engine.program, weights, recorder(config, engine))
+    outbox.send(Loaded(rank))
+    report_ready(context, config, name)
+    worker.loop()
+
+
+def bounds(config: RunConfig, engine: Engine) -> Bounds:
+    model, context = engine.model.config, config.facts.context_length
+    return Bounds(
+        vocabulary=model.vocab_size,
+        slots=engine.limits.max_total_num_tokens,
+        tokens=largest_step(config.server, model, engine.task, context),
+        positions=context,
+    )
 
 
 def memory(config: RunConfig, engine: Engine) -> Memory:

@@ -20,6 +20,7 @@ import torch
 from engine.checkpoints.task import Task
 from engine.config import faults
 from engine.kernels.table import Backend
+from engine.parallel.group import GroupLostError
 from engine.wire.failures import internal_error
 from engine.wire.results import Finish
 from engine.wire.to_detokenizer import NO_TOKEN
@@ -67,7 +68,8 @@ class Steps:
     def step(self, rows: StepRows) -> None:
         """Plan and run one step, and send what it produced together with `rows`.
 
-        Raises InvariantError when a failure has left the pool broken: nothing can be trusted then.
+        Raises InvariantError when a failure has left the pool broken, and GroupLostError when one of several ranks
+        cannot go on: nothing can be trusted then.
         """
         plan = self._plan(rows)
         self.operation.mark("plan")
@@ -155,6 +157,8 @@ class Steps:
             attempts -= 1
             try:
                 return self.runner.run(plan)
+            except GroupLostError:
+                raise
             except MemoryError as error:
                 return error
             except Exception as error:
@@ -206,6 +210,8 @@ class Steps:
                 # The logits of the attempt that broke off may hold the penalties already.
                 logits = self.runner.program.logits(np.array([last[request.key]], np.int64))
                 sampled.append((request, self._sampled(logits, [request])[0]))
+            except GroupLostError:
+                raise
             except Exception as error:
                 self.fail(request, error, "sampling")
         return sampled

@@ -25,10 +25,12 @@ from engine.checkpoints.plain_file import PlainFile
 from engine.checkpoints.read_config import read_model_config
 from engine.checkpoints.task import read_task
 from engine.checkpoints.weight_files import FileStamp, file_stamps
-from engine.checkpoints.weights import WeightReader
+from engine.checkpoints.weights import Place, WeightReader
 from engine.config import ModelSource, RunConfig
 from engine.kernels.host_memory import available_memory
 from engine.models.model import Model
+from engine.wire.to_worker import HeldPart
+from scheduler_proc.ranks import Ranks
 from scheduler_proc.same_model import config_differences, task_differences
 
 logger = logging.getLogger(__name__)
@@ -77,7 +79,8 @@ def launched_checkpoint(config: RunConfig) -> Checkpoint:
 @dataclass(slots=True)
 class Weights:
     """model: whose places are filled from `serving`. launch: the configuration of the launch.
-    moved: the checkpoint that serves, if it is not that of the launch.
+    moved: the checkpoint that serves, if it is not that of the launch. ranks: of a divided model, on rank 0; None: it
+    is not divided, or this is another rank. before: what served before the last `replace` that has succeeded.
 
     `prepare` may run while steps are computed, `replace` may not.
     """
@@ -87,6 +90,8 @@ class Weights:
     launch: RunConfig
     seconds: dict[str, float] = field(default_factory=dict)
     moved: ModelSource | None = None
+    ranks: Ranks | None = None
+    before: Checkpoint | None = None
 
     def prepare(self, model_path: str, load_format: str | None) -> Prepared:
         """Find a checkpoint, open it and make sure that it fits. Raises RefusedUpdateError."""
@@ -123,12 +128,50 @@ class Weights:
         self.seconds["check"] = time.monotonic() - started
         return Prepared(checkpoint, reader)
 
+    def opened(self, source: ModelSource) -> Prepared:
+        """A checkpoint that another rank has prepared. Raises RefusedUpdateError."""
+        self.before = None
+        try:
+            config = read_model_config(source, self.launch.server.json_model_override_args)
+            checkpoint = Checkpoint(source, False, file_stamps(source))
+            reader = open_weights(source, config, self.model.task, mapped=False)
+            check_fit(reader, self.model.places, self.model.ignored)
+            return Prepared(checkpoint, reader)
+        except Exception as error:
+            logger.exception("%s could not be opened", source.path)
+            raise _misfit(error) from error
+
     def replace(self, prepared: Prepared) -> None:
-        """Overwrite the weights.
+        """Overwrite the weights, on all ranks.
 
         Raises RefusedUpdateError when that has failed and the old weights are in force again, WeightsLostError when not
         even these can be had.
         """
+        if self.ranks is None:
+            self._replace(prepared)
+            return
+        refusal: RefusedUpdateError | None = None
+        try:
+            answers = self.ranks.replace(prepared.checkpoint.source, lambda: self._replace(prepared))
+            told = next((answer.refusal for answer in answers if answer.refusal is not None), None)
+            if told is None:
+                return
+            refusal = RefusedUpdateError(told)
+            self.revert(refusal)
+        except RefusedUpdateError as error:
+            refusal = error
+        self.ranks.revert(str(refusal))
+        raise refusal
+
+    def revert(self, failure: Exception) -> None:
+        """Take the weights back that served before the last `replace`; nothing, where that has failed here itself.
+        failure: why. Raises WeightsLostError."""
+        if self.before is not None:
+            self.serving, self.before = self.before, None
+            self._restore(failure)
+
+    def _replace(self, prepared: Prepared) -> None:
+        self.before = None
         started = time.monotonic()
         try:
             copy_weights(prepared.reader, self.model.places)
@@ -138,22 +181,37 @@ class Weights:
             logger.exception("The weights of %s could not be copied", prepared.checkpoint.source.name)
             self._restore(error)
             raise _misfit(error) from error
-        self.serving = prepared.checkpoint
+        self.before, self.serving = self.serving, prepared.checkpoint
         self.seconds["copy"] = time.monotonic() - started
         logger.info(
             "Weights replaced by those of %s: %.2f s to check them, %.2f s to copy them",
-            self.serving.source.name, self.seconds["check"], self.seconds["copy"],
+            self.serving.source.name, self.seconds.get("check", 0.0), self.seconds["copy"],
         )  # fmt: skip
 
     def rows(self, name: str, count: int) -> list[Any] | None:
         """The first `count` rows of a tensor under its Hugging Face name, as numbers; None: there is none."""
-        if name == "lm_head.weight" and self.model.config.tie_embeddings:
-            name = "model.embed_tokens.weight"
-        place = self.model.places.get(name)
+        place = self._place(name)
         if place is None:
             return None
-        values: list[Any] = place.read(count).to(torch.float32).tolist()
+        if self.ranks is None:
+            found = place.read(count).to(torch.float32)
+        else:
+            width = place.shape[1] if len(place.shape) > 1 else None
+            found = self.ranks.whole_rows(name, count, self.held_part(name, count, 0), width)
+        values: list[Any] = found.tolist()
         return values
+
+    def held_part(self, name: str, count: int, rank: int) -> HeldPart:
+        """What this rank holds of the first `count` rows of a tensor, which the model must have."""
+        place = self._place(name)
+        assert place is not None, name
+        rows = place.read(count).to(torch.float32).contiguous()
+        return HeldPart(rank, place.span[0], list(rows.shape), rows.numpy().tobytes())
+
+    def _place(self, name: str) -> Place | None:
+        if name == "lm_head.weight" and self.model.config.tie_embeddings:
+            name = "model.embed_tokens.weight"
+        return self.model.places.get(name)
 
     def _format(self, load_format: str | None) -> str:
         """The format to be read; a server of random weights has none that could be meant by naming none."""

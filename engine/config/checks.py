@@ -19,7 +19,6 @@ OTHER_GRAMMAR_BACKENDS = ("outlines", "llguidance")
 
 _ONLY: tuple[tuple[str, Any, str], ...] = (
     ("page_size", (None, 1), "pages of more than one token are not supported; only 1 is"),
-    ("tp_size", (1,), "tensor parallelism is not built yet; only 1 is supported"),
     ("nnodes", (1,), "serving on several machines is not built yet; only 1 is supported"),
     ("node_rank", (0,), "serving on several machines is not built yet; only 0 is supported"),
     ("pp_size", (1,), "pipeline parallelism is not supported; only 1 is"),

@@ -8,6 +8,7 @@ import msgspec
 
 from engine.config.flags import Flag, json_object, token_count
 
+MOST_RANKS = 128
 QUEUED_REQUESTS = 65536
 QUEUED_TOKENS = 8 << 20
 """What may wait where the flags say nothing, so that memory is bounded."""
@@ -151,7 +152,13 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     # Parallelism and devices
     tp_size: Annotated[
-        int, Flag("tensor-parallel ranks; only 1 so far", names=("--tp-size", "--tensor-parallel-size", "--tp"))
+        int,
+        Flag(
+            "tensor-parallel ranks, a process each; at most as many as the model's heads allow",
+            names=("--tp-size", "--tensor-parallel-size", "--tp"),
+            minimum=1,
+            maximum=MOST_RANKS,
+        ),
     ] = 1
     nnodes: Annotated[int, Flag("number of machines; only 1 so far")] = 1
     node_rank: Annotated[int, Flag("number of this machine; only 0 so far")] = 0
@@ -173,7 +180,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     enable_deterministic_inference: Annotated[bool, Flag("accepted: Tokenmill is always deterministic")] = False
     disable_cuda_graph: Annotated[bool, Flag("no CUDA graphs; no effect on a CPU")] = False
     cpu_threads: Annotated[
-        int | None, Flag("threads of the model on a CPU; default: one a physical core", minimum=1)
+        int | None,
+        Flag("threads of the model on a CPU, of all ranks together; default: one a physical core", minimum=1),
     ] = None
     cpu_isa: Annotated[
         str,

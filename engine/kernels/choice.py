@@ -3,48 +3,58 @@
 from __future__ import annotations
 
 import logging
+import os
+from typing import TYPE_CHECKING
 
 import torch
 
 from engine.config import ConfigError
 from engine.config.environment import setting
-from engine.kernels.cores import physical_cores
+from engine.kernels.cores import physical_cores, share_of
 from engine.kernels.eager import EagerBackend
 from engine.kernels.table import Backend
+
+if TYPE_CHECKING:
+    from engine.kernels._cpu import Exchange
 
 logger = logging.getLogger(__name__)
 
 REFERENCE = "reference"
 
 
-def open_backend(isa: str, threads: int | None) -> Backend:
+def open_backend(isa: str, threads: int | None, exchange: Exchange | None = None) -> Backend:
     """The backend for `--cpu-isa` and `--cpu-threads`.
 
     isa: "auto" asks the environment (TOKENMILL_CPU_ISA), then the processor. threads: None: one for each physical core
-    that this process may use. Raises ConfigError, naming what there is, for an ISA that this machine cannot run.
+    that this process may use. exchange: with the other ranks of this host, if there are any: this one then has its
+    share of the threads, and this thread and those it starts keep to its share of the cores. Raises ConfigError,
+    naming what there is, for an ISA that this machine cannot run.
     """
     cores = physical_cores()
     count = threads or len(cores)
+    if exchange is not None:
+        cores, count = share_of(cores, count, exchange.rank, exchange.ranks)
+        _keep_to(cores)
     wanted = isa if isa != "auto" else setting("CPU_ISA") or "auto"
     if wanted == REFERENCE:
-        return _reference(count)
+        return _reference(count, exchange)
     try:
         from engine.kernels import _cpu
     except ImportError as error:
         if wanted != "auto":
             raise ConfigError(f"--cpu-isa {wanted}: the kernels are not installed ({error})") from None
         logger.warning("Serving with the slow reference kernels: the compiled ones are not installed (%s)", error)
-        return _reference(count)
+        return _reference(count, exchange)
     usable = _cpu.usable_isas()
     if wanted == "auto":
         if not usable:
             logger.warning("Serving with the slow reference kernels: this processor has no AVX2")
-            return _reference(count)
+            return _reference(count, exchange)
         wanted = usable[0]
     from engine.kernels.cpu import open_cpu_backend
 
     try:
-        backend = open_cpu_backend(wanted, cores, count)
+        backend = open_cpu_backend(wanted, cores, count, exchange)
     except ValueError:
         allowed = ", ".join(("auto", REFERENCE, *usable))
         raise ConfigError(f"--cpu-isa is {wanted!r}; this machine can run {allowed}") from None
@@ -52,6 +62,18 @@ def open_backend(isa: str, threads: int | None) -> Backend:
     return backend
 
 
-def _reference(threads: int) -> Backend:
+def _reference(threads: int, exchange: Exchange | None) -> Backend:
     torch.set_num_threads(threads)
-    return EagerBackend()
+    if exchange is None:
+        return EagerBackend()
+    from engine.kernels.exchange_group import ExchangeGroup
+
+    return EagerBackend(group=ExchangeGroup(exchange))
+
+
+def _keep_to(cores: list[int]) -> None:
+    if hasattr(os, "sched_setaffinity"):
+        try:
+            os.sched_setaffinity(0, cores)
+        except OSError as error:
+            logger.warning("This rank cannot keep to the cores %s: %s", cores, error)

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 _TOPOLOGY = Path("/sys/devices/system/cpu")
+_NODES = Path("/sys/devices/system/node")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -23,6 +24,51 @@ def physical_cores() -> list[int]:
     cores = list(first_of_core.values())
     granted = quota()
     return cores if granted is None else cores[: max(1, math.ceil(granted))]
+
+
+def share_of(
+    cores: list[int], threads: int, rank: int, ranks: int, nodes: list[list[int]] | None = None
+) -> tuple[list[int], int]:
+    """The cores of one of several ranks, and how many of the host's `threads` it has, at least one.
+
+    Ranks have cores of their own as long as there are enough, in a row and as far as possible of one NUMA node, so
+    that what each reads lies near it. nodes: the processors of each node (None: as the system says).
+    """
+    nodes = numa_nodes() if nodes is None else nodes
+    own_threads = max(1, threads // ranks + (rank < threads % ranks))
+    placed = [[core for core in cores if core in set(node)] for node in nodes]
+    placed = [node for node in placed if node] or [cores]
+    if len(placed) > 1 and ranks >= len(placed):
+        node = rank * len(placed) // ranks
+        mates = [other for other in range(ranks) if other * len(placed) // ranks == node]
+        cores, rank, ranks = placed[node], mates.index(rank), len(mates)
+    else:
+        cores = [core for node in placed for core in node]
+    if len(cores) < ranks:
+        return cores, own_threads
+    small, larger = divmod(len(cores), ranks)
+    start = rank * small + min(rank, larger)
+    return cores[start : start + small + (rank < larger)], own_threads
+
+
+def numa_nodes() -> list[list[int]]:
+    """The processors of each NUMA node; empty where the system does not say."""
+    found = []
+    for node in sorted(_NODES.glob("node[0-9]*"), key=lambda path: int(path.name.removeprefix("node"))):
+        try:
+            found.append(listed((node / "cpulist").read_text()))
+        except (OSError, ValueError):
+            return []
+    return found
+
+
+def listed(text: str) -> list[int]:
+    """What the kernel writes as `0-3,8`."""
+    numbers: list[int] = []
+    for piece in filter(None, text.strip().split(",")):
+        first, _, last = piece.partition("-")
+        numbers += range(int(first), int(last or first) + 1)
+    return numbers
 
 
 def _siblings(cpu: int) -> str:

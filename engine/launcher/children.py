@@ -11,10 +11,12 @@ import sys
 import sysconfig
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import engine
+from engine.wire.to_worker import worker_name
 
 TAIL_LINES = 30
 _CHUNK = 1 << 16
@@ -25,7 +27,8 @@ class Program:
     """One process of the tree.
 
     name: of its inbox. title: as it is shown. module: what `python -m` runs. arguments: behind `--config FILE`.
-    listens: it is given the listening socket, as `--fd N`.
+    listens: it is given the listening socket, as `--fd N`. group: the program without which it can do nothing, nor that
+    one without it: if one of them ends, all begin anew.
     """
 
     name: str
@@ -33,6 +36,12 @@ class Program:
     module: str
     arguments: tuple[str, ...] = ()
     listens: bool = False
+    group: str = ""
+
+    @property
+    def counts_as(self) -> str:
+        """Whose death its death is."""
+        return self.group or self.name
 
 
 PROGRAMS = (
@@ -42,6 +51,20 @@ PROGRAMS = (
     Program("frontend", "frontend", "http_frontend", listens=True),
 )
 """In the order of starting: the slowest to load first."""
+
+
+def with_workers(programs: Sequence[Program], ranks: int) -> list[Program]:
+    """`programs` with the scheduler's workers behind it, its ranks from 1 on."""
+    found = []
+    for program in programs:
+        found.append(program)
+        if program.name == "scheduler":
+            for rank in range(1, ranks):
+                arguments = ("--rank", str(rank))
+                found.append(
+                    Program(worker_name(rank), f"scheduler tp{rank}", program.module, arguments, group=program.name)
+                )
+    return found
 
 
 @dataclass

@@ -19,6 +19,7 @@ from engine.config.environment import switch
 from engine.config.run import PooledFacts
 from engine.config.server import QUEUED_REQUESTS, QUEUED_TOKENS
 from engine.kernels.cores import physical_cores
+from engine.parallel.division import divide
 
 JUDGE = 'answer can only be "yes" or "no"'
 """What the chat template of a decoder that reranks says."""
@@ -52,6 +53,7 @@ def resolve(config: ServerConfig) -> Resolved:
             config.tokenizer_path, model, revision=config.revision, download_dir=config.download_dir
         )
     model_config = read_model_config(model, config.json_model_override_args)
+    divide(model_config, 0, config.tp_size)
     task = read_task(model, model_config, is_embedding=config.is_embedding)
     context_length, warnings = _context_length(config, model_config, task)
     facts = ModelFacts(

@@ -16,7 +16,7 @@ from setproctitle import setproctitle
 from engine.checkpoints.errors import CheckpointError
 from engine.config import ConfigError, RunConfig, ServerConfig, write_run_config
 from engine.config.logs import set_up_logging
-from engine.launcher.children import PROGRAMS, Program
+from engine.launcher.children import PROGRAMS, Program, with_workers
 from engine.launcher.errors import LaunchError
 from engine.launcher.file_limit import raise_file_limit
 from engine.launcher.listen import open_listener, take_listener, url_of
@@ -71,8 +71,9 @@ def serve(
                 if passed is not None:
                     log.info("serving on the socket that was passed by the service manager: %s", url)
                 notifier.loading(f"loading {run.server.served_model_name}")
+                ranked = with_workers(programs, run.server.tp_size)
                 return supervise(
-                    run, config_file, programs, listener, signals, context, url=url, began=began, notifier=notifier,
+                    run, config_file, ranked, listener, signals, context, url=url, began=began, notifier=notifier,
                     socket_passed=passed is not None,
                 )  # fmt: skip
     except (ConfigError, CheckpointError, LaunchError) as error:

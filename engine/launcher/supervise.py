@@ -145,7 +145,8 @@ def _look(tree: Tree) -> int | None:
         drained = tree.drain_until is not None and _is_drained(ended)
         return 0 if drained else _report_deaths(tree, ended)
     for child in ended:
-        _replace(tree, child)
+        if child in tree.children:  # it may have gone with another of its group
+            _replace(tree, child)
     _start_what_is_due(tree)
     if tree.drain_until is not None and time.monotonic() >= tree.drain_until:
         log.warning("the frontend has not finished in time; requests in flight are cut off")
@@ -233,7 +234,7 @@ def _kill_hung(tree: Tree) -> None:
 
 def _replace(tree: Tree, child: Child) -> None:
     """Bury a child and see to it that another takes its place, unless too many have died."""
-    name, now = child.program.name, time.monotonic()
+    name, now = child.program.counts_as, time.monotonic()
     delay = tree.restarts.after_death(name, now)
     if delay is None:
         _bury(tree, child, "the server gives up")
@@ -248,8 +249,20 @@ def _replace(tree: Tree, child: Child) -> None:
         certain = child.hung or child.process.returncode != -signal.SIGKILL
         tree.frontend.send(Lost(name, tree.run.epoch, suspect, certain))
     _bury(tree, child, "it is started again" + (f" in {delay:g} s" if delay else ""))
-    tree.due[child.program] = now + delay
+    for program in (child.program, *_end_group(tree, child)):
+        tree.due[program] = now + delay
     tree.notifier.status(f"restarting the {name}: {child.describe_end()}")
+
+
+def _end_group(tree: Tree, dead: Child) -> list[Program]:
+    """End those who can do nothing without `dead`; returns what they were."""
+    others = [child for child in tree.children if child.program.counts_as == dead.program.counts_as]
+    for child in others:
+        child.process.kill()
+    for child in others:
+        child.process.wait()
+        _bury(tree, child, f"it was ended since {dead.program.title} has; it is started again")
+    return [child.program for child in others]
 
 
 def _give_up(tree: Tree, name: str) -> None:

@@ -16,7 +16,15 @@ BEATS = 1.0
 """Seconds between two beats of a process that has nothing to do."""
 
 _SLOTS = ("scheduler", "tokenizer", "detokenizer", "frontend", "trial", "keys")
-_SIZE = 8 * 64
+_WORKERS = 64
+"""Slot of worker 0, which there is not: rank 0 is the scheduler."""
+_SIZE = 8 * 256
+
+
+def _slot(process: str) -> int:
+    if process.startswith("worker"):
+        return _WORKERS + int(process.removeprefix("worker"))
+    return _SLOTS.index(process)
 
 
 class Board:
@@ -34,16 +42,16 @@ class Board:
 
     def beat(self, process: str) -> None:
         """The loop of `process` has turned."""
-        self._slots[_SLOTS.index(process)] = time.monotonic_ns()
+        self._slots[_slot(process)] = time.monotonic_ns()
 
     def last_beat(self, process: str) -> float | None:
         """In seconds of time.monotonic(); None while it has not beaten since `silence`."""
-        beat = self._slots[_SLOTS.index(process)]
+        beat = self._slots[_slot(process)]
         return beat / 1e9 if beat else None
 
     def silence(self, process: str) -> None:
         """Forget the beats of a process that is gone."""
-        self._slots[_SLOTS.index(process)] = 0
+        self._slots[_slot(process)] = 0
 
     @property
     def trial(self) -> int:

@@ -92,7 +92,7 @@ REFUSED = {
     "--pp-size 2": "only 1",
     "--dp-size 2": "only 1",
     "--ep-size 2": "only 1",
-    "--tp-size 2": "not built yet",
+    "--tp-size 0": "from 1 to 128",
     "--nnodes 2": "not built yet",
     "--node-rank 1": "only 0",
     "--device cuda": "auto and cpu",
@@ -286,7 +286,7 @@ def test_the_command_line_wins_over_the_settings_file(tmp_path: Path, capsys: py
         "port: [1]": "not a list",
         "- port": "not a map",
         "a: b: c": "not YAML",
-        "tp_size: 2": "not built yet",
+        "tp_size: 0": "from 1 to 128",
         "log_requests_level: 4": "from 0 to 3",
     }.items():
         file.write_text(text)
@@ -319,5 +319,7 @@ def test_decimal_token_counts_are_exact(whole: int, thousandths: int) -> None:
 
 
 def test_check_config_names_flag_and_value() -> None:
-    with pytest.raises(ConfigError, match=re.escape("argument --tp-size: 2: tensor parallelism is not built yet")):
-        check_config(ServerConfig(tp_size=2))
+    with pytest.raises(
+        ConfigError, match=re.escape("argument --nnodes: 2: serving on several machines is not built yet")
+    ):
+        check_config(ServerConfig(nnodes=2))

@@ -1,0 +1,298 @@
+"""Rank 0 of a divided model, the only one that decides: what it tells the other ranks, and what it hears from them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+import zmq
+
+from engine.config import ConfigError, ModelSource
+from engine.kernels.batch import RaggedBatch
+from engine.kernels.table import Integers, Longs, Program, Rows
+from engine.parallel.group import GroupLostError
+from engine.wire.board import BEATS
+from engine.wire.sockets import Inbox, Outbox
+from engine.wire.to_worker import (
+    RANKS,
+    Begin,
+    FromWorker,
+    HeldPart,
+    Join,
+    Joined,
+    Loaded,
+    Measured,
+    ReadPart,
+    Recorded,
+    RecordPart,
+    Replaced,
+    ReplaceWeights,
+    RevertWeights,
+    RunHead,
+    RunStep,
+    ToWorker,
+    worker_name,
+)
+from scheduler_proc.company import Needs
+
+if TYPE_CHECKING:
+    from engine.kernels._cpu import Exchange
+
+logger = logging.getLogger(__name__)
+
+PATIENCE_MARGIN = 30.0
+"""Seconds that ranks wait for one another beyond those after which the launcher replaces a process that hangs."""
+
+A = TypeVar("A", bound=Joined | Measured | Loaded | Replaced | HeldPart | Recorded)
+
+
+class Receiver(Protocol):
+    def wait(self, seconds: float | None) -> bool: ...
+
+    def drain(self) -> list[FromWorker]: ...
+
+
+class Sender(Protocol):
+    def send(self, message: ToWorker) -> None: ...
+
+
+@dataclass(slots=True)
+class Ranks:
+    """Rank 0's line to the others. beat: called while it waits, as a sign of life.
+
+    Nothing here has a time limit: a worker that dies or hangs is found by the launcher, which ends this process too.
+    """
+
+    workers: list[Sender]
+    inbox: Receiver
+    folder: Path
+    patience: float
+    beat: Callable[[], None] = lambda: None
+    _heard: list[FromWorker] = field(default_factory=list)
+    _sending: threading.Lock = field(default_factory=threading.Lock)
+    _asking: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def size(self) -> int:
+        return 1 + len(self.workers)
+
+    def tell(self, message: ToWorker) -> None:
+        with self._sending:  # an update of the weights has a thread of its own
+            for worker in self.workers:
+                worker.send(message)
+
+    def ask(self, message: ToWorker, kind: type[A], meanwhile: Callable[[], None] = lambda: None) -> list[A]:
+        """All workers' answers, in the order of their ranks. meanwhile: what this rank does before it waits for them;
+        what it raises is raised when all have answered."""
+        with self._question():
+            self.tell(message)
+            failure: Exception | None = None
+            try:
+                meanwhile()
+            except Exception as error:
+                failure = error
+            answers = self._hear(kind)
+            if failure is not None:
+                raise failure
+            return answers
+
+    def _hear(self, kind: type[A]) -> list[A]:
+        found: dict[int, A] = {}
+        while True:
+            # A quick worker may tell what is asked next while a slow one has not answered yet.
+            found |= {answer.rank: answer for answer in self._heard if isinstance(answer, kind)}
+            self._heard = [answer for answer in self._heard if not isinstance(answer, kind)]
+            if len(found) == len(self.workers):
+                return [found[rank] for rank in sorted(found)]
+            self._beat()
+            if self.inbox.wait(BEATS):
+                self._heard += self.inbox.drain()
+
+    @contextmanager
+    def _question(self) -> Iterator[None]:
+        while not self._asking.acquire(timeout=BEATS):
+            self._beat()
+        try:
+            yield
+        finally:
+            self._asking.release()
+
+    def _beat(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self.beat()
+
+    # While the model is loaded: `scheduler_proc.company.Company`.
+
+    def join(self, part: int) -> Exchange:
+        try:
+            from engine.kernels.shared_memory import make_exchange
+        except ImportError as error:
+            raise ConfigError(
+                f"--tp-size {self.size}: needs the compiled kernels, which are not installed: {error}"
+            ) from None
+        exchange, memory = make_exchange(self.size, part, self.patience, self.folder)
+        try:
+            self.ask(Join(memory.path, part, self.patience), Joined)
+        finally:
+            memory.forget()
+        return exchange
+
+    def settle(self, own: Needs, size: Callable[[Needs], int]) -> tuple[int, Needs]:
+        with self._question():
+            others = self._hear(Measured)
+        needs = Needs(
+            own.weight_bytes + sum(other.weight_bytes for other in others),
+            own.token_bytes + sum(other.token_bytes for other in others),
+        )
+        slots = size(needs)
+        self.tell(Begin(slots))
+        return slots, needs
+
+    def loaded(self) -> None:
+        """Wait until all have read their weights."""
+        with self._question():
+            self._hear(Loaded)
+
+    # While it serves.
+
+    def replace(self, source: ModelSource, own: Callable[[], None]) -> list[Replaced]:
+        """Every rank overwrites its weights, this one by `own`, whose error is raised when all have answered."""
+        return self.ask(ReplaceWeights(source), Replaced, own)
+
+    def revert(self, reason: str) -> None:
+        """Every other rank takes its weights before the last `replace` back, if it has new ones."""
+        self.ask(RevertWeights(reason), Replaced)
+
+    def whole_rows(self, name: str, count: int, own: HeldPart, width: int | None) -> torch.Tensor:
+        """The first `count` rows of a tensor, of which each rank holds a part. width: its columns; None: a vector."""
+        return put_together([own, *self.ask(ReadPart(name, count), HeldPart)], count, width)
+
+    def record(self, action: Any) -> str | None:
+        """The others' records of experts. Returns why one of them could not do it."""
+        return next((told.error for told in self.ask(RecordPart(action), Recorded) if told.error is not None), None)
+
+
+def put_together(parts: list[HeldPart], count: int, width: int | None) -> torch.Tensor:
+    """The first `count` rows from all ranks' parts, in the order of the ranks: parts of the rows, which may overlap,
+    or of the columns of all rows."""
+    held = [
+        (part.start, torch.from_numpy(np.frombuffer(part.values, np.float32).reshape(part.shape).copy()))
+        for part in parts
+    ]
+    held = [(start, rows) for start, rows in held if rows.numel()]
+    if width is not None and held and all(rows.shape[1] < width for _, rows in held):
+        return torch.cat([rows for _, rows in held], 1)
+    total = min(count, max((start + len(rows) for start, rows in held), default=0))
+    whole = torch.empty((total, *held[0][1].shape[1:]) if held else (0,))
+    for start, rows in held:
+        whole[start : start + len(rows)] = rows[: total - start]
+    return whole
+
+
+def open_ranks(
+    context: zmq.Context[Any], runtime_dir: str, size: int, watchdog: float, beat: Callable[[], None]
+) -> Ranks:
+    """watchdog: seconds after which the launcher replaces a process that shows no sign of life."""
+    inbox: Inbox[FromWorker] = Inbox(context, runtime_dir, RANKS, FromWorker)
+    workers: list[Sender] = [Outbox(context, runtime_dir, worker_name(rank)) for rank in range(1, size)]
+    return Ranks(workers, inbox, Path(runtime_dir), watchdog + PATIENCE_MARGIN, beat)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a step may hold: ids below `vocabulary`, slots below `slots`, at most `tokens` tokens, positions below
+    `positions`."""
+
+    vocabulary: int
+    slots: int
+    tokens: int
+    positions: int
+
+    def check(self, batch: RaggedBatch, rows: Rows) -> None:
+        """Raise ValueError: what one rank finds out in its step is the end of all of them."""
+        if batch.num_tokens > self.tokens:
+            raise ValueError(f"a step has {batch.num_tokens} tokens; ranks exchange at most {self.tokens}")
+        for name, values, end in (
+            ("token_ids", batch.token_ids.numpy(), self.vocabulary),
+            ("positions", batch.positions.numpy(), self.positions),
+            ("slots", batch.slots.numpy(), self.slots),
+            ("context_slots", batch.context_slots.numpy(), self.slots),
+            ("rows", rows, batch.num_tokens),
+        ):
+            if len(values) and not (values.min() >= 0 and values.max() < end):
+                raise ValueError(
+                    f"{name} of a step reach from {values.min()} to {values.max()}; allowed: 0 to {end - 1}"
+                )
+
+
+@dataclass(slots=True)
+class RankedProgram:
+    """The program of rank 0, which has the others compute with it.
+
+    Once they have been told of a step nothing that goes wrong is this step's alone: what they hold, and how far they
+    have come, is unknown. Raises GroupLostError then, whatever it was (a lack of memory too), and ValueError before.
+    """
+
+    inner: Program
+    ranks: Ranks
+    bounds: Bounds
+
+    def run(self, batch: RaggedBatch, rows: Rows, keep: Longs | None = None) -> torch.Tensor:
+        self.bounds.check(batch, rows)
+        message = run_step(batch, rows, keep)
+        with _together():
+            self.ranks.tell(message)
+            return self.inner.run(batch, rows, keep)
+
+    def logits(self, rows: Rows, keep: Longs | None = None) -> torch.Tensor:
+        message = RunHead(rows.tobytes(), None if keep is None else keep.tobytes())
+        with _together():
+            self.ranks.tell(message)
+            return self.inner.logits(rows, keep)
+
+    def pooled(self) -> torch.Tensor:
+        return self.inner.pooled()
+
+    def routing(self) -> list[Integers]:
+        return self.inner.routing()
+
+    def set_profiling(self, on: bool) -> None:
+        self.inner.set_profiling(on)
+
+    def take_profile(self) -> dict[str, float]:
+        return self.inner.take_profile()
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    try:
+        yield
+    except GroupLostError:
+        raise
+    except Exception as error:
+        raise GroupLostError(f"rank 0 failed in a step of all ranks: {type(error).__name__}: {error}") from error
+
+
+def run_step(batch: RaggedBatch, rows: Rows, keep: Longs | None) -> RunStep:
+    return RunStep(
+        token_ids=_bytes(batch.token_ids),
+        positions=_bytes(batch.positions),
+        slots=_bytes(batch.slots),
+        query_starts=list(batch.query_starts),
+        context_lengths=list(batch.context_lengths),
+        context_slots=_bytes(batch.context_slots),
+        type_ids=None if batch.type_ids is None else _bytes(batch.type_ids),
+        rows=rows.tobytes(),
+        keep=None if keep is None else keep.tobytes(),
+    )
+
+
+def _bytes(values: torch.Tensor) -> bytes:
+    return values.numpy().tobytes()
