@@ -15,7 +15,9 @@ import zmq
 
 from engine.config import RunConfig
 from engine.config.logs import about
+from engine.config.run import note_standing
 from engine.wire.lifecycle import Drain, FromLauncher, GiveUp, Limits, Lost, Serving
+from engine.wire.operation import SlowDown, Tune
 from engine.wire.results import Finish
 from engine.wire.to_frontend import StartedOver
 from engine.wire.weights import Paused, WeightsUpdated
@@ -42,6 +44,7 @@ class Frontend:
 
     ended: resolves when a drain is over, or with the error that ends the process.
     run: the launch's, with the names of the model that serves now. paused: nothing is computed for now.
+    standing: what an operator has set since, as it is noted for the processes that are started from now on.
     metrics: what is counted, whether or not `/metrics` shows it; only the times of tokens wait for --enable-metrics.
     warm: `/health` may be 200. startup_seconds: from the launch until then.
     stop_accepting: called when a drain leaves new connections to the next server.
@@ -62,10 +65,11 @@ class Frontend:
         )
         self.metrics = Metrics()
         self.metrics.epoch = run.epoch
-        self.request_log = open_request_log(run.server)
+        self.request_log = open_request_log(run.server, run.standing)
         self.watch = StateWatch(self.ring)
         self.weight_version = run.server.weight_version
-        self.paused = False
+        self.standing = run.standing
+        self.paused = run.standing.paused
         self.warm = False
         self.draining = False
         self.startup_seconds = 0.0
@@ -93,6 +97,24 @@ class Frontend:
         if self.reborn:
             # What the frontend before this one has asked for concerns nobody any more.
             self.ring.start_over(None)
+
+    def keep(self, **changes: Any) -> None:
+        """Note what an operator has set (fields of `Standing`), so that no death of a process undoes it."""
+        standing = msgspec.structs.replace(self.standing, **changes)
+        if standing == self.standing:
+            return
+        self.standing = standing
+        try:
+            note_standing(self.run.runtime_dir, standing)
+        except OSError:
+            log.exception("What has been set cannot be noted, and is lost with the processes that know it")
+
+    def _tell_standing(self) -> None:
+        """A process that was loading while something was set has heard nothing of it."""
+        standing = self.standing
+        if standing.log_level is not None or standing.gc_frozen:
+            self.ring.tell(Tune(log_level=standing.log_level, freeze_gc=standing.gc_frozen))
+        self.ring.tell(SlowDown(standing.step_sleep))
 
     @property
     def up(self) -> bool:
@@ -141,6 +163,7 @@ class Frontend:
     def _weights(self, message: WeightsUpdated | Paused | StartedOver) -> None:
         """After an update the model goes by its new name everywhere; the tokenizer is the launch's all along."""
         self.paused = message.paused
+        self.keep(paused=message.paused)
         if isinstance(message, Paused):
             return
         self.weight_version = message.weight_version
@@ -177,6 +200,8 @@ class Frontend:
             self._go_on()
         if not self.limits.done():
             self.limits.set_result(message.limits)
+            if self.reborn:
+                self._tell_standing()
             self._spawn(self._warm_up())
 
     def _lost(self, message: Lost) -> None:
@@ -198,6 +223,7 @@ class Frontend:
         self.ring.start_over(self.paused if "scheduler" in self.lost else None)
         self.lost.clear()
         replays = self.ring.release()
+        self._tell_standing()
         count_replays(self.metrics, replays)
         log.info("whole again: %d requests were sent anew", replays)
 

@@ -85,12 +85,16 @@ class Operation:
             raise invalid(f"log_requests_level must be in [0, 3], got {asked.log_requests_level}.")
         if asked.log_requests_format not in (None, "text", "json"):
             raise invalid(f"log_requests_format must be text or json, got {asked.log_requests_format!r}.")
-        if level is not None:
-            set_level(level)
-            self._frontend.ring.tell(Tune(log_level=level))
         requests.on = requests.on if asked.log_requests is None else asked.log_requests
         requests.level = requests.level if asked.log_requests_level is None else asked.log_requests_level
         requests.form = asked.log_requests_format or requests.form
+        self._frontend.keep(
+            log_level=level or self._frontend.standing.log_level, log_requests=requests.on,
+            log_requests_level=requests.level, log_requests_format=requests.form,
+        )  # fmt: skip
+        if level is not None:
+            set_level(level)
+            self._frontend.ring.tell(Tune(log_level=level))
         for name in ("dump_requests_folder", "dump_requests_threshold", "crash_dump_folder"):
             if getattr(asked, name) is not None:
                 log.warning("configure_logging: %s has no effect: requests are not dumped", name)
@@ -133,6 +137,7 @@ class Operation:
     async def freeze_gc(self, _request: Request) -> Response:
         message = Tune(freeze_gc=True)
         tune(message)
+        self._frontend.keep(gc_frozen=True)
         self._frontend.ring.tell(message)
         return text_response("Garbage collection frozen.\n")
 
@@ -140,6 +145,7 @@ class Operation:
         seconds = (await _body(request, _SLOW_DOWN)).forward_sleep_time or 0.0
         if not 0 <= seconds <= _MOST_SLEEP or not math.isfinite(seconds):
             raise invalid(f"forward_sleep_time must be in [0, {_MOST_SLEEP:g}] seconds, got {seconds}.")
+        self._frontend.keep(step_sleep=seconds)
         self._frontend.ring.tell(SlowDown(seconds))
         return json_response(None)
 

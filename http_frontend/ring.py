@@ -140,8 +140,10 @@ class Ring:
         self._beating = self._loop.call_later(BEATS / 2, self._beat)
 
     def tell(self, message: Tune | SlowDown) -> None:
-        """Send a control message that nobody answers."""
-        self._tokenizer.send(message)
+        """Send a control message that nobody answers. While a process is lost it is left out: what has been set is
+        told again to all (`Frontend.keep`) once they are there."""
+        if not self._held:
+            self._tokenizer.send(message)
 
     async def ask(self, message: Question, answer: type[A]) -> A:
         """Send a control message and wait for its answer, as long as it takes."""

@@ -40,7 +40,8 @@ class Operation:
                 tune(message)
                 self.outbox.send(message)
             case SlowDown(seconds):
-                logger.warning("Each step is preceded by a sleep of %g s from now on", seconds)
+                if seconds != self.pause:  # it is told again to all when a process was replaced
+                    logger.warning("Each step is preceded by a sleep of %g s from now on", seconds)
                 self.pause = seconds
             case Profile():
                 self.profiler.handle(message)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from pathlib import Path
 
 import msgspec
 import zmq
@@ -21,6 +22,7 @@ from scheduler_proc.kv_memory import KvMemory
 from scheduler_proc.load import Engine, load_engine, longest_request
 from scheduler_proc.memory import Memory
 from scheduler_proc.planner import Planner, PlannerLimits
+from scheduler_proc.record_spool import Spool
 from scheduler_proc.recorder import Recorder, recorder_settings
 from scheduler_proc.runner import Runner
 from scheduler_proc.scheduler import Scheduler, SchedulerSettings
@@ -63,6 +65,8 @@ def main(started: float) -> None:
         first_version=config.server.weight_version,
         heart=heart,
     )
+    scheduler.generation.set_paused(config.standing.paused)
+    scheduler.operation.pause = config.standing.step_sleep
     heart.beat()
     report_ready(context, config, NAME, engine.limits)
     try:
@@ -80,7 +84,11 @@ def memory(config: RunConfig, engine: Engine) -> Memory:
 
 def recorder(config: RunConfig, engine: Engine) -> Recorder | None:
     wanted = recorder_settings(config.server, engine.model.config)
-    return None if wanted is None else Recorder(wanted)
+    if wanted is None:
+        return None
+    found = Recorder(wanted, spool=Spool(Path(config.runtime_dir), wanted.passes))
+    found.resume()
+    return found
 
 
 def planner_limits(config: RunConfig, engine: Engine) -> PlannerLimits:

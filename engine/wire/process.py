@@ -43,7 +43,7 @@ def begin(config_path: Path, name: str) -> RunConfig:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     setproctitle(f"tokenmill: {name}")
     try:
-        set_up_logging(config.server.log_level, name, config.server.log_format)
+        set_up_logging(config.standing.log_level or config.server.log_level, name, config.server.log_format)
         faults.arm_from_environment()
     except ConfigError as error:
         sys.exit(f"error: {error}")
