@@ -20,6 +20,7 @@ from engine.wire.to_frontend import (
     Detokenized,
     Ended,
     ExpertsRecorded,
+    Failed,
     Flushed,
     StartedOver,
     State,
@@ -31,12 +32,16 @@ from engine.wire.to_frontend import (
 from engine.wire.to_scheduler import FlushCache, QueryState, RecordExperts, StartOver
 from engine.wire.to_tokenizer import Tokenize, ToTokenizer
 from engine.wire.weights import Paused, WeightControl, WeightRows, WeightsUpdated
+from http_frontend.errors import RefusedError
 from http_frontend.journal import Journal
 from http_frontend.replay import replayed
 
 log = logging.getLogger(__name__)
 
-Answer = Flushed | State | ExpertsRecorded | WeightsUpdated | WeightRows | Paused | Tokenized | Detokenized | Profiled
+Answer = (
+    Flushed | State | ExpertsRecorded | WeightsUpdated | WeightRows | Paused | Tokenized | Detokenized | Profiled
+    | Failed
+)  # fmt: skip
 Question = Tokenize | FlushCache | QueryState | RecordExperts | WeightControl | Detokenize | Profile
 _KEYS_OF_A_LIFE = 1 << 30
 """More than any frontend gives."""
@@ -146,7 +151,10 @@ class Ring:
             self._tokenizer.send(message)
 
     async def ask(self, message: Question, answer: type[A]) -> A:
-        """Send a control message and wait for its answer, as long as it takes."""
+        """Send a control message and wait for its answer, as long as it takes.
+
+        Raises RefusedError (500) when the scheduler has failed to carry it out.
+        """
         future: asyncio.Future[Answer] = self._loop.create_future()
         self._waiting[message.key] = message, future
         try:
@@ -155,6 +163,8 @@ class Ring:
             reply = await future
         finally:
             del self._waiting[message.key]
+        if isinstance(reply, Failed):
+            raise RefusedError("A", reply.message, 500)
         if not isinstance(reply, answer):
             raise TypeError(f"{type(message).__name__} was answered by {type(reply).__name__}")
         return reply
@@ -187,7 +197,7 @@ class Ring:
                     self.on_scheduler()
             case (
                 Flushed() | State() | ExpertsRecorded() | WeightsUpdated() | WeightRows() | Paused()
-                | Tokenized() | Detokenized() | Profiled()
+                | Tokenized() | Detokenized() | Profiled() | Failed()
             ):  # fmt: skip
                 if isinstance(message, State):
                     self.on_state(message)

@@ -156,6 +156,7 @@ class Recorder:
 
 
 def _packed(one: CountedPass | TokenPass) -> SpooledStep:
+    columns: list[NDArray[np.integer]]
     columns = [one.counts] if isinstance(one, CountedPass) else [one.token_ids, one.positions, *one.routing]
     return SpooledStep(one.number, [column.tobytes() for column in columns])
 

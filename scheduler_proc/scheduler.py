@@ -32,7 +32,7 @@ from engine.wire.to_scheduler import (
 )
 from engine.wire.weights import PauseGeneration, WeightControl
 from scheduler_proc.answers import Answers
-from scheduler_proc.control_failures import failed_answers
+from scheduler_proc.control_failures import failed, failed_question
 from scheduler_proc.generation import Generation
 from scheduler_proc.kv_memory import InvariantError
 from scheduler_proc.operation import Operation
@@ -182,8 +182,7 @@ class Scheduler:
             self.outbox.send(Ended(message.key, message.attempt, finish, "scheduler"))
         else:
             logger.exception("%s failed", type(message).__name__)
-            version, paused = self.generation.weight_version, self.generation.paused
-            for answer in failed_answers(message, error, weight_version=version, paused=paused):
+            if (answer := failed(message, error)) is not None:
                 self.outbox.send(answer)
         self.planner.memory.check(self.planner.running)
 
@@ -345,16 +344,17 @@ class Scheduler:
         if not due:
             return
         self.flushes = [(flush, deadline) for flush, deadline in self.flushes if not idle and now < deadline]
-        done = idle and self._flush()
+        error = self._flush() if idle else None
         for flush in due:
-            self.outbox.send(Flushed(flush.key, done))
+            self.outbox.send(Flushed(flush.key, idle) if error is None else failed_question(flush.key, error))
 
-    def _flush(self) -> bool:
+    def _flush(self) -> Exception | None:
+        """Returns what has gone wrong."""
         try:
             self.planner.memory.flush()
-        except Exception:
+        except Exception as error:
             logger.exception("The cache cannot be flushed")
             self.planner.memory.check(self.planner.running)
-            return False
+            return error
         logger.info("Cache flushed")
-        return True
+        return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,11 +22,10 @@ from engine.kernels.table import Rows
 from engine.wire.results import Finish
 from engine.wire.sampling import LogprobOptions
 from engine.wire.to_detokenizer import StepOutput
-from engine.wire.to_frontend import ExpertsRecorded, Flushed, State, Vectors
-from engine.wire.to_scheduler import Admit, FlushCache, QueryState, RecordExperts, VectorOptions
-from engine.wire.weights import Paused, PauseGeneration
+from engine.wire.to_frontend import Vectors
+from engine.wire.to_scheduler import Admit, VectorOptions
 from scheduler_proc.kv_memory import InvariantError
-from scheduler_proc.recorder import Recorder
+from scheduler_proc.recorder import Recorder, RecorderSettings
 from scheduler_proc.runner import Runner
 from scheduler_proc.scheduler import Scheduler
 from scheduler_proc.steps import OUT_OF_MEMORY, halved
@@ -240,30 +240,6 @@ def test_a_row_that_cannot_be_sent() -> None:
         assert sent.tokens[key] == expected_tokens(prompts[key], 8)
 
 
-def test_a_control_message_that_fails_is_answered_and_the_loop_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    scheduler, sent, _ = simulated_scheduler(300)
-
-    def broken(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("broken")
-
-    with monkeypatch.context() as patch:
-        for owner, name in ((scheduler.planner.memory, "usage"), (scheduler.planner.memory, "flush")):
-            patch.setattr(owner, name, broken)
-        patch.setattr(Recorder, "start", broken)
-        patch.setattr(type(scheduler.generation), "_pause", broken)
-        scheduler.runner = Runner(scheduler.runner.program, scheduler.backend, Recorder.__new__(Recorder))
-        scheduler.handle(QueryState(1))
-        scheduler.handle(RecordExperts(2, "start"))
-        scheduler.handle(PauseGeneration(3, "in_place"))
-        scheduler.handle(FlushCache(4, 0.0))
-        scheduler.turn()
-    words = "internal error: RuntimeError: broken"
-    assert sent.others == [State(1, {"error": words}), ExpertsRecorded(2, words), Paused(3, False), Flushed(4, False)]
-    scheduler.handle(admit(5, [1, 2]))
-    run_to_end(scheduler)
-    assert sent.tokens[5] == expected_tokens([1, 2], 8)
-
-
 def test_a_pool_that_a_failure_has_broken_ends_the_loop() -> None:
     """What nobody can vouch for is computed anew by another process."""
     scheduler, _, _ = simulated_scheduler(300)
@@ -276,7 +252,7 @@ def test_a_pool_that_a_failure_has_broken_ends_the_loop() -> None:
 
 def test_a_failing_recorder_costs_the_record_alone(caplog: pytest.LogCaptureFixture) -> None:
     scheduler, sent, _ = simulated_scheduler(300)
-    recorder = Recorder.__new__(Recorder)
+    recorder = Recorder(RecorderSettings("stat", 9, Path(), (0,), 4))
     recorder.on = True
     scheduler.steps.runner = Runner(scheduler.runner.program, scheduler.backend, recorder)  # its step raises
     scheduler.handle(admit(0, [1, 2]))
