@@ -33,6 +33,7 @@ from engine.wire.to_frontend import (
     Detokenized,
     Ended,
     ExpertsRecorded,
+    Failed,
     Flushed,
     StartedOver,
     State,
@@ -53,6 +54,7 @@ from engine.wire.weights import (
     WeightsUpdated,
 )
 
+Question = FlushCache | QueryState | RecordExperts | WeightControl | Profile
 REPOSITORY = Path(__file__).resolve().parents[2]
 LIMITS = Limits(
     max_total_num_tokens=4096,
@@ -68,6 +70,7 @@ LIMITS = Limits(
 
 class FakeRing:
     """Plays the other processes. `hold`: no steps are made while it is set. `silent`: nothing is answered at all.
+    `broken`: the scheduler fails at every question.
 
     Texts (and documents) that begin with "REFUSE " are refused at the door, with "QUEUE " by the scheduler with 503,
     with "BREAK " they end in a 500 after 3 tokens, with "GARBLE " the ids of their prompts lack a byte. Everything that
@@ -84,6 +87,7 @@ class FakeRing:
         self.step_seconds = step_seconds
         self.hold = threading.Event()
         self.silent = threading.Event()
+        self.broken = threading.Event()
         self.seen: list[Any] = []
         self.running: dict[int, Running] = {}
         self.weight_version = "default"
@@ -145,6 +149,8 @@ class FakeRing:
         match message:
             case Generate() | Embed() | Judge():
                 self._admit(message)
+            case _ if self.broken.is_set() and isinstance(message, Question):
+                self.frontend.send(Failed(message.key, "internal error: it is broken"))
             case Abort():
                 gone = [key for key in message.keys if key in self.running]
                 for key in gone:

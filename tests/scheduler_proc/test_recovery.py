@@ -9,6 +9,7 @@ import pytest
 from simulation import admit, expected_tokens, run_to_end, simulated_scheduler
 
 from engine.wire.board import Board, Heart
+from engine.wire.operation import Profile
 from engine.wire.results import Finish
 from engine.wire.to_frontend import Flushed, StartedOver
 from engine.wire.to_scheduler import Abort, Admit, FlushCache, StartOver, StopSeen
@@ -153,5 +154,7 @@ def test_a_question_that_is_asked_twice_is_done_once() -> None:
     assert not sent
     answers.send(Paused(5, True))
     answers.send(Flushed(6, True))
+    profile = Profile(key=7, action="start", num_steps=5)
+    assert [answers.known(profile) for _ in range(2)] == [False, True]
     assert answers.known(pause) and answers.known(flush)
     assert sent == [Paused(5, True), Flushed(6, True)] * 2
