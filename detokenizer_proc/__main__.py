@@ -32,8 +32,8 @@ def main() -> None:
     inbox: Inbox[ToDetokenizer] = Inbox(context, config.runtime_dir, "detokenizer", ToDetokenizer)
     frontend: Outbox[ToFrontend] = Outbox(context, config.runtime_dir, "frontend")
     scheduler: Outbox[ToScheduler] = Outbox(context, config.runtime_dir, "scheduler")
-    decoder = StepDecoder(tokenizer)
     heart = Heart(config.runtime_dir, "detokenizer")
+    decoder = StepDecoder(tokenizer, heart.board)
     gc.collect()
     gc.freeze()  # what is loaded now lives until the end: the collector need not look at it again
     report_ready(context, config, "detokenizer")
@@ -50,7 +50,9 @@ def main() -> None:
                 if step is not None:
                     frontend.send(step)
             elif isinstance(message, Detokenize):
+                heart.board.hold("detokenizer", message.key)
                 frontend.send(detokenized(message, tokenizer, config.facts.vocab_size))
+                heart.board.hold("detokenizer", 0)
             elif isinstance(message, Tune):
                 tune(message)
             else:

@@ -10,6 +10,7 @@ from detokenizer_proc.request import RequestText, decoding_failed
 from engine.checkpoints.tokenizer import Tokenizer, decode
 from engine.config import faults
 from engine.config.logs import about
+from engine.wire.board import Board
 from engine.wire.results import Finish, InputLogprobs, TokenLogprobs
 from engine.wire.to_detokenizer import NO_TOKEN, Opened, StepOutput
 from engine.wire.to_frontend import Begun, TextStep
@@ -18,9 +19,13 @@ logger = logging.getLogger(__name__)
 
 
 class StepDecoder:
-    """The texts of all requests that run. `tokenizer` is None with --skip-tokenizer-init."""
+    """The texts of all requests that run.
 
-    def __init__(self, tokenizer: Tokenizer | None) -> None:
+    tokenizer: None with --skip-tokenizer-init. board: where the request in hand is noted.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, board: Board | None = None) -> None:
+        self._board = board
         self._tokenizer = tokenizer
         self._streams = StreamFactory(tokenizer)
         self._requests: dict[int, RequestText] = {}
@@ -48,6 +53,11 @@ class StepDecoder:
         Rows of requests that are not open (they have ended here) or of an older attempt are left out; None when no
         row is left.
         """
+        decoded = self._decode(step)
+        self._hold(0)
+        return decoded
+
+    def _decode(self, step: StepOutput) -> tuple[TextStep | None, list[int]]:
         begun = [self._open(opened) for opened in step.opened]
         texts: list[str] = []
         finished = dict(step.finished)
@@ -67,6 +77,7 @@ class StepDecoder:
                 if text is not None:
                     texts.append(text)
                     continue
+            self._hold(key)
             text, reason = _advance(request, tokens[row], finish)
             texts.append(text)
             if reason is not None:
@@ -84,9 +95,15 @@ class StepDecoder:
         )  # fmt: skip
         return (_without(whole, dropped) if dropped else whole), ended
 
+    def _hold(self, key: int) -> None:
+        """What comes next concerns the request `key` alone: should this process die of it, the board has its name."""
+        if self._board is not None:
+            self._board.hold("detokenizer", key)
+
     def _open(self, opened: Opened) -> Begun:
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("request %s: first output", opened.rid, extra=about(opened.rid))
+        self._hold(opened.key)
         request = self._requests[opened.key] = RequestText(opened, self._streams)
         texts = None
         self._with_texts.discard(opened.key)
@@ -106,6 +123,7 @@ class StepDecoder:
             request = self._requests.get(step.keys[row])
             if request is None or request.attempt != step.attempts[row] or request.key not in self._with_texts:
                 continue
+            self._hold(request.key)
             texts[row] = self._try_texts(request, _output_ids(step.tokens[row], logprobs))
         return texts
 

@@ -212,8 +212,7 @@ class Frontend:
         self.lost.add(message.process)
         count_restart(self.metrics, message.process, message.epoch)
         self.ring.hold()
-        if message.process == "scheduler":
-            blame(self.journal, message)
+        blame(self.journal, self.ring.asked, message)
         log.warning("the %s is lost: %d requests wait for another", message.process, len(self.journal))
         # Health checks that wait for a sign of life have their answer: 503.
         self.pulse.wake()

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import zmq
@@ -38,20 +39,44 @@ from http_frontend.replay import replayed
 
 log = logging.getLogger(__name__)
 
+SchedulerQuestion = FlushCache | QueryState | RecordExperts | WeightControl | Profile
+Question = Tokenize | Detokenize | SchedulerQuestion
 Answer = (
     Flushed | State | ExpertsRecorded | WeightsUpdated | WeightRows | Paused | Tokenized | Detokenized | Profiled
     | Failed
 )  # fmt: skip
-Question = Tokenize | FlushCache | QueryState | RecordExperts | WeightControl | Detokenize | Profile
 _KEYS_OF_A_LIFE = 1 << 30
 """More than any frontend gives."""
 
 A = TypeVar("A", bound=Answer)
 
 
+@dataclass(slots=True)
+class Asked:
+    """A question without an answer. sent: it is on its way, or was lost with a process.
+
+    deaths: of the scheduler, while it was sent. strikes: of the tokenizer or the detokenizer, with it in hand.
+    """
+
+    question: Question
+    future: asyncio.Future[Answer]
+    sent: bool = False
+    deaths: int = 0
+    strikes: int = 0
+
+    @property
+    def for_scheduler(self) -> bool:
+        return isinstance(self.question, SchedulerQuestion)
+
+    def fail(self, error: Exception) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
+
+
 class Ring:
     """All sockets of the frontend. To be made and used on one event loop.
 
+    asked: questions without an answer, by key.
     on_scheduler: called after any message that the scheduler has caused. on_launcher: called with the launcher's word.
     on_weights: called with what the scheduler says of the weights and of pauses, before the call that waits for it.
     on_state: called with every state of the scheduler, whoever asked for it.
@@ -63,7 +88,7 @@ class Ring:
         self._tokenizer: Outbox[ToTokenizer] = Outbox(context, runtime_dir, "tokenizer")
         self._detokenizer: Outbox[ToDetokenizer] = Outbox(context, runtime_dir, "detokenizer")
         self._launcher: Outbox[ToLauncher] = Outbox(context, runtime_dir, "launcher")
-        self._waiting: dict[int, tuple[Question, asyncio.Future[Answer]]] = {}
+        self.asked: dict[int, Asked] = {}
         self._held = False
         self._heart = Heart(runtime_dir, "frontend")
         # Keys must not repeat even when this process has died and come back: the other processes remember the old. Nor
@@ -122,17 +147,18 @@ class Ring:
         """
         self._held = False
         lost, fresh = self.journal.release()
-        questions = [question for question, future in self._waiting.values() if not future.done()]
-        messages = [*replayed(lost), *(entry.message for entry in fresh), *questions]
+        asked = [one for one in self.asked.values() if not one.future.done()]
+        for one in asked:
+            one.sent = True
+        messages = [*replayed(lost), *(entry.message for entry in fresh), *(one.question for one in asked)]
         for message in sorted(messages, key=lambda message: message.key):  # keys grow: in the order of asking
             self._send(message)
         return len(lost)
 
     def fail_questions(self, error: Exception) -> None:
         """Answer every question that waits with `error`."""
-        for _, future in self._waiting.values():
-            if not future.done():
-                future.set_exception(error)
+        for one in self.asked.values():
+            one.fail(error)
 
     def _send(self, message: ToTokenizer | Detokenize) -> None:
         if isinstance(message, Detokenize):
@@ -156,13 +182,13 @@ class Ring:
         Raises RefusedError (500) when the scheduler has failed to carry it out.
         """
         future: asyncio.Future[Answer] = self._loop.create_future()
-        self._waiting[message.key] = message, future
+        self.asked[message.key] = Asked(message, future, sent=not self._held)
         try:
             if not self._held:
                 self._send(message)
             reply = await future
         finally:
-            del self._waiting[message.key]
+            del self.asked[message.key]
         if isinstance(reply, Failed):
             raise RefusedError("A", reply.message, 500)
         if not isinstance(reply, answer):
@@ -203,9 +229,9 @@ class Ring:
                     self.on_state(message)
                 if isinstance(message, WeightsUpdated | Paused):
                     self.on_weights(message)
-                waiting = self._waiting.get(message.key)
-                if waiting is not None and not waiting[1].done():
-                    waiting[1].set_result(message)
+                asked = self.asked.get(message.key)
+                if asked is not None and not asked.future.done():
+                    asked.future.set_result(message)
                 if not isinstance(message, Tokenized | Detokenized):
                     self.on_scheduler()
             case StartedOver():

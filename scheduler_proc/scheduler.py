@@ -135,6 +135,7 @@ class Scheduler:
     def _beat(self) -> None:
         if self.heart is not None:
             self.heart.beat()
+            self.heart.board.note_load(len(self.planner.running), self.planner.queued)
 
     def turn(self) -> None:
         """One round of the loop: what is due between steps, and a step if there is anything to compute."""

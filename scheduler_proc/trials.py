@@ -61,7 +61,7 @@ class Trials:
         if self._current is None:
             return
         if self.board is not None:
-            self.board.trial = 0
+            self.board.hold("scheduler", 0)
         if self._completes:
             self._current.trial -= 1
         self._current = None
@@ -69,4 +69,4 @@ class Trials:
     def _begin(self, suspect: Request, completes: bool) -> None:
         self._current, self._completes = suspect, completes
         if self.board is not None:
-            self.board.trial = suspect.key
+            self.board.hold("scheduler", suspect.key)

@@ -48,10 +48,13 @@ def main() -> None:
         inbox.wait(BEATS)
         for message in inbox.drain():
             heart.beat()
-            if isinstance(message, Generate | Embed | Judge):
-                _admit(message, tokenizer, bounds, frontend, scheduler)
-            elif isinstance(message, Tokenize):
-                frontend.send(tokenized(message, tokenizer, config.facts.context_length))
+            if isinstance(message, Generate | Embed | Judge | Tokenize):
+                heart.board.hold("tokenizer", message.key)
+                if isinstance(message, Tokenize):
+                    frontend.send(tokenized(message, tokenizer, config.facts.context_length))
+                else:
+                    _admit(message, tokenizer, bounds, frontend, scheduler)
+                heart.board.hold("tokenizer", 0)
             else:
                 if isinstance(message, Tune):
                     tune(message)

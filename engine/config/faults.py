@@ -82,6 +82,7 @@ def _spring(fault: Fault) -> None:
         case "memory":
             raise MemoryError(words)
         case "segv":
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGSEGV})
             os.kill(os.getpid(), signal.SIGSEGV)
         case "exit":
             os._exit(EXIT_CODE)

@@ -16,8 +16,10 @@ from setproctitle import setproctitle
 
 from engine.config import ConfigError, RunConfig, faults, read_run_config
 from engine.config.logs import set_up_logging
+from engine.wire.board import Board
 from engine.wire.lifecycle import Limits, Ready, ToLauncher
 from engine.wire.sockets import Outbox
+from engine.wire.struck import watch
 
 _PR_SET_PDEATHSIG = 1
 
@@ -40,6 +42,7 @@ def begin(config_path: Path, name: str) -> RunConfig:
     """
     config = read_run_config(config_path)
     _end_with_parent(config.launcher_pid)
+    watch(Board(config.runtime_dir))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     setproctitle(f"tokenmill: {name}")
     try:

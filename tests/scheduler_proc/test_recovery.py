@@ -120,7 +120,7 @@ def test_suspects_are_computed_alone_at_first(tmp_path: Any, deaths: int) -> Non
 
     def watched(batch: Any, rows: Any) -> Any:
         running = {request.key for request in scheduler.planner.running}
-        seen.append((Board(str(tmp_path)).trial, running if len(batch.context_lengths) > 1 else set()))
+        seen.append((Board(str(tmp_path)).held("scheduler"), running if len(batch.context_lengths) > 1 else set()))
         return run(batch, rows)
 
     scheduler.runner.program.run = watched  # type: ignore[method-assign]
@@ -133,7 +133,7 @@ def test_suspects_are_computed_alone_at_first(tmp_path: Any, deaths: int) -> Non
     assert [key for key in trials if key == 1] == [1] * length
     assert [key for key in trials if key == 2] == [2] * length
     assert all(not company for key, company in seen if key)
-    assert Board(str(tmp_path)).trial == 0
+    assert Board(str(tmp_path)).held("scheduler") == 0
     for key in range(3):
         assert sent.tokens[key, 1] == expected_tokens([*PROMPT[:6], 20 + key], 20)
     assert sent.tokens[7, 0] == expected_tokens(PROMPT, 20)

@@ -21,6 +21,7 @@ from engine.launcher import notify
 from engine.launcher.errors import LaunchError
 from engine.launcher.listen import take_listener
 from engine.launcher.notify import Notifier, take_notifier
+from engine.wire.board import Board
 
 
 @pytest.fixture
@@ -94,6 +95,12 @@ def test_a_process_that_is_replaced_is_told(folder: Path) -> None:
                      "(by someone, or by the system because memory ran out)")  # fmt: skip
         running.hear(STATUS=serving)
         running.hear(WATCHDOG="1")
+        (runtime,) = (folder / "s").iterdir()
+        board = Board(str(runtime))
+        for load, words in (((3, 2), ": 3 requests run, 2 wait"), ((0, 0), "")):
+            board.note_load(*load)
+            running.hear(STATUS=serving + words)
+        board.close()
         running.process.terminate()
         assert running.ends() == 0
 
