@@ -116,15 +116,13 @@ async def sweep(connections: Iterable[Any], server: ServerConfig) -> None:
 
 def connection_class(server: ServerConfig) -> type[WatchedConnection]:
     """The class of a server's connections, of which as many may be open as it has files for, and some that are idle
-    beside each that is being answered. Raises this process's limit of open files to what it may be."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    beside each that is being answered."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     streams = server.max_open_streams
     most = 2 * streams + SPARE_FILES
-    if hard != resource.RLIM_INFINITY and hard < most + SPARE_FILES:
-        most = max(1, hard - SPARE_FILES)
-        log.warning("of %d files that may be open (ulimit -Hn), %d may be connections", hard, most)
+    if limit != resource.RLIM_INFINITY and limit < most + SPARE_FILES:
+        most = max(1, limit - SPARE_FILES)
+        log.warning("of %d files that may be open (ulimit -Hn), %d may be connections", limit, most)
         if most < streams:
             log.warning("--max-open-streams %d is more than that: connections beyond are closed", streams)
     return type("Connection", (WatchedConnection,), {"most": most})

@@ -15,6 +15,7 @@ import zmq
 from setproctitle import setproctitle
 
 from engine.config import ConfigError, RunConfig, faults, read_run_config
+from engine.config.file_limit import raise_file_limit
 from engine.config.logs import set_up_logging
 from engine.wire.board import Board
 from engine.wire.lifecycle import Limits, Ready, ToLauncher
@@ -47,6 +48,7 @@ def begin(config_path: Path, name: str) -> RunConfig:
     setproctitle(f"tokenmill: {name}")
     try:
         set_up_logging(config.standing.log_level or config.server.log_level, name, config.server.log_format)
+        raise_file_limit()
         faults.arm_from_environment()
     except ConfigError as error:
         sys.exit(f"error: {error}")

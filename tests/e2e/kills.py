@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ import psutil
 from engine.bench.live_server import LiveServer
 
 Json = dict[str, Any]
+Drive = Callable[[httpx.AsyncClient], Awaitable[Any]]
 
 MODULES = {
     "tokenizer": "tokenizer_proc",
@@ -69,6 +71,16 @@ async def whole(http: httpx.AsyncClient) -> None:
             pass
         assert time.monotonic() < deadline
         await asyncio.sleep(0.02)
+
+
+def drive(server: LiveServer, work: Drive) -> Any:
+    async def run() -> Any:
+        limits = httpx.Limits(max_connections=100)
+        async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits, trust_env=False) as http:
+            await whole(http)
+            return await work(http)
+
+    return asyncio.run(run())
 
 
 def decodes(tokens: int) -> list[Json]:

@@ -7,14 +7,14 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
-from kills import Json, Running, another, decodes, kill, pid_of, prefills, undisturbed, whole
+from kills import Json, Running, another, decodes, drive, kill, pid_of, prefills, undisturbed, whole
 from poisoned_scheduler import POISON
 
 from engine.bench.live_server import LiveServer, running_server
@@ -33,8 +33,6 @@ UNMARKED = {
     ("twice", "scheduler", signal.SIGSEGV),
 }
 
-Drive = Callable[[httpx.AsyncClient], Awaitable[Any]]
-
 
 @pytest.fixture(scope="module")
 def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LiveServer, list[str]]]:
@@ -49,16 +47,6 @@ def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 @pytest.fixture(scope="module")
 def expected(server: tuple[LiveServer, list[str]]) -> list[Json]:
     return drive(server[0], lambda http: undisturbed(http, decodes(TOKENS)))
-
-
-def drive(server: LiveServer, work: Drive) -> Any:
-    async def run() -> Any:
-        limits = httpx.Limits(max_connections=100)
-        async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits, trust_env=False) as http:
-            await whole(http)
-            return await work(http)
-
-    return asyncio.run(run())
 
 
 def cells() -> Iterator[Any]:
@@ -91,10 +79,7 @@ def test_nothing_is_lost(
             pid = kill(live, process, number)
             if moment == "twice":
                 await another(live, process, pid)
-                if number == signal.SIGKILL:  # when the streams have just gone on, perhaps in the midst of a trial
-                    await running.progress()
-                else:
-                    await asyncio.sleep(0.4)
+                await running.progress()  # the streams have just gone on, perhaps in the midst of a trial
                 kill(live, process, number)
         answers = await running.answers()
         for index, (found, wanted) in enumerate(zip(answers, expected, strict=True)):

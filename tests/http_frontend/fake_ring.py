@@ -79,6 +79,7 @@ class FakeRing:
 
     def __init__(self, runtime_dir: str, step_seconds: float = 0.001, width: int = 3) -> None:
         self.width = width
+        self.runtime_dir = runtime_dir
         self.context: zmq.Context[Any] = zmq.Context()
         self.tokenizer: Inbox[ToTokenizer] = Inbox(self.context, runtime_dir, "tokenizer", ToTokenizer)
         self.detokenizer: Inbox[ToDetokenizer] = Inbox(self.context, runtime_dir, "detokenizer", ToDetokenizer)

@@ -169,11 +169,11 @@ def test_requests_wait_in_the_queue_of_a_passed_socket(folder: Path) -> None:
 
 
 def test_descriptors_for_many_connections(folder: Path) -> None:
-    """A low soft limit is raised to the hard one, for the children too."""
+    """Each process of the tree raises a low soft limit to the hard one."""
     limited = ["/bin/sh", "-c", 'ulimit -Sn 256; ulimit -Hn 3000; exec "$@"', "sh", *command(folder)]
     with service(limited, folder, env=environment(folder)) as running:
         running.hear(READY="1")
-        for process in (main := psutil.Process(running.process.pid), *main.children()):
+        for process in psutil.Process(running.process.pid).children():
             assert process.rlimit(psutil.RLIMIT_NOFILE) == (3000, 3000)
         running.process.terminate()
         assert running.ends() == 0
