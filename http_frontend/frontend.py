@@ -262,10 +262,13 @@ class Frontend:
         # Health checks that wait for a sign of life have their answer: 503.
         self.pulse.wake()
         log.info("draining: %d requests in flight, at most %g s", len(self.journal), message.timeout)
+        until = self.loop.time() + message.timeout
         if not await self._idle_within(message.timeout):
             log.warning("aborting %d requests that did not finish in time", len(self.journal))
             self.journal.abort(self.journal.match(None))
             await self._idle_within(_ANSWER_GRACE)
+        await self.ring.answered_within(max(0.0, until - self.loop.time()))
+        self.ring.fail_questions(RefusedError("D", "The server is shutting down.", 503))
         self.journal.end_all(_ABORTED)
         if not self.ended.done():
             self.ended.set_result(None)

@@ -155,6 +155,12 @@ class Ring:
             self._send(message)
         return len(lost)
 
+    async def answered_within(self, seconds: float) -> None:
+        """Wait until every question has its answer, at most so long. A profile may wait for steps that never come."""
+        waiting = [one.future for one in self.asked.values() if not isinstance(one.question, Profile)]
+        if waiting:
+            await asyncio.wait(waiting, timeout=seconds)
+
     def fail_questions(self, error: Exception) -> None:
         """Answer every question that waits with `error`."""
         for one in self.asked.values():
