@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.config import ConfigError, ServerConfig
@@ -250,6 +250,7 @@ def as_words(config: ServerConfig) -> list[str]:
     return words
 
 
+@settings(deadline=None)
 @given(CONFIGS)
 def test_writing_a_config_as_flags_and_parsing_them_gives_it_back(given: dict[str, Any]) -> None:
     config = ServerConfig(**given)
