@@ -6,7 +6,7 @@ import tracemalloc
 from typing import Any
 
 import pytest
-from fake_ring import call, live_frontend
+from fake_ring import Live, call, live_frontend
 from test_items import desk, plan, refusal
 
 PROMPTS = ["a"] * 1000
@@ -80,3 +80,16 @@ def test_prompts_of_many_samples_count_for_the_queue() -> None:
         one["sampling_params"]["n"] = 1000
         refused = live.client.post("/generate", json=one)
         assert (refused.status_code, refused.json()["message"]) == (503, "The request queue is full.")
+
+
+def test_texts_that_everybody_would_wait_for(live: Live) -> None:
+    for path, body, said in (
+        ("/tokenize", {"prompt": "x" * (1 << 20) + "y"}, "a text has 1048577 characters; at most 1048576"),
+        ("/tokenize", {"prompt": ["x" * (1 << 20)] * 5}, "5242880 characters in all; at most 4194304"),
+        ("/tokenize", {"prompt": ["x"] * 65537}, "prompt may have at most 65536 entries, got 65537."),
+        ("/detokenize", {"tokens": [5] * ((1 << 22) + 1)}, "4194305 ids in all; at most 4194304"),
+        ("/detokenize", {"tokens": [[5]] * 65537}, "tokens may have at most 65536 entries, got 65537."),
+    ):
+        refused = live.client.post(path, json=body)
+        assert refused.status_code == 400 and said in refused.text
+    assert live.client.post("/tokenize", json={"prompt": "x" * 200_000}).status_code == 200
