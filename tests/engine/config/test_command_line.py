@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.config import ConfigError, ServerConfig
@@ -254,6 +254,7 @@ def as_words(config: ServerConfig) -> list[str]:
     return words
 
 
+@settings(deadline=None)  # a machine may be busy
 @given(CONFIGS)
 def test_writing_a_config_as_flags_and_parsing_them_gives_it_back(given: dict[str, Any]) -> None:
     config = ServerConfig(**given)
@@ -262,6 +263,7 @@ def test_writing_a_config_as_flags_and_parsing_them_gives_it_back(given: dict[st
     assert command.warnings == check_config(config)
 
 
+@settings(deadline=None)  # a machine may be busy
 @given(CONFIGS, st.booleans())
 def test_a_settings_file_says_the_same_as_flags(
     tmp_path_factory: pytest.TempPathFactory, given: dict[str, Any], underscores: bool
