@@ -9,7 +9,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -57,7 +57,7 @@ def build_app(frontend: Frontend) -> ASGIApp:
     app = Starlette(
         routes=_routes(frontend),
         middleware=middleware,
-        exception_handlers={RefusedError: _refused, HTTPException: _http_error},
+        exception_handlers={RefusedError: _refused, HTTPException: _http_error, ClientDisconnect: _nobody},
     )
     return _Outermost(app, root_path)
 
@@ -147,6 +147,11 @@ def _http_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     headers = dict(error.headers) if error.headers else None
     return json_response({"detail": error.detail}, error.status_code, headers)
+
+
+def _nobody(_request: Request, _error: Exception) -> Response:
+    """The client has hung up in the middle of its body: what is sent now reaches nobody."""
+    return Response(status_code=400)
 
 
 def _below(root_path: str, path: str) -> str:

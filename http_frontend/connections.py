@@ -23,6 +23,12 @@ LARGEST_HEAD = 64 << 10
 """Bytes of a request's line and headers."""
 WRITE_BUFFER = 64 << 10
 """Bytes of an answer that wait here for a slow client; more of it is written only when these have left."""
+LARGEST_FRAMES = 64 << 10
+"""Bytes of a chunked body that are none of its own: the chunks' frames and what trails behind them. A body may have so
+many, and `FRAMES_PER_BYTE` for each of its own."""
+FRAMES_PER_BYTE = 8
+LARGEST_REST = 1 << 20
+"""Bytes of a body that are still read when its request has been answered without them."""
 SPARE_FILES = 128
 """Descriptors that are no connection's."""
 _SWEEP_SECONDS = 1.0
@@ -33,6 +39,8 @@ class WatchedConnection(HttpToolsProtocol):
 
     most: connections that may be open. head_since: when the head began that is not whole; None between a head and the
     next. heard_at: the newest bytes. stalled_since: when the client had last read, if it does not read.
+    in_body: a head is whole, its body is not. body_bytes, frame_bytes: of that body. rest_bytes: of it, since its
+    request has been answered.
     """
 
     most = 1 << 30
@@ -40,6 +48,8 @@ class WatchedConnection(HttpToolsProtocol):
     head_bytes = 0
     heard_at = 0.0
     stalled_since: float | None = None
+    in_body = False
+    body_bytes = frame_bytes = rest_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -61,12 +71,26 @@ class WatchedConnection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self.heard_at = self.loop.time()
-        in_head = self.head_since is not None
+        in_head, in_body, body_bytes = self.head_since is not None, self.in_body, self.body_bytes
         super().data_received(data)
+        if in_body and self.in_body:
+            self._check_body(len(data) - (self.body_bytes - body_bytes))
         if in_head and self.head_since is not None and not self.transport.is_closing():
             self.head_bytes += len(data)
             if self.head_bytes > LARGEST_HEAD:
                 self.send_400_response(f"The head of the request has more than {LARGEST_HEAD} bytes.")
+
+    def _check_body(self, frame_bytes: int) -> None:
+        """So many bytes have come that belong to the body, but are not of it."""
+        self.frame_bytes += frame_bytes
+        if self.frame_bytes > LARGEST_FRAMES + FRAMES_PER_BYTE * self.body_bytes:
+            reason = "its request's body is frames and trailers for the most part"
+        elif self.rest_bytes > LARGEST_REST:
+            reason = "it goes on sending a body whose request has been answered"
+        else:
+            return
+        log.info("closing the connection of %s: %s", self.client, reason)
+        self.transport.close()
 
     def on_message_begin(self) -> None:
         self.head_since = self.heard_at
@@ -75,7 +99,24 @@ class WatchedConnection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self.head_since = None
         self.head_bytes = 0
+        self.in_body = True
+        self.body_bytes = self.frame_bytes = self.rest_bytes = 0
         super().on_headers_complete()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        # What trails behind a chunked body is no header: nothing is decided by it, a key least of all.
+        if not self.in_body:
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        self.body_bytes += len(body)
+        if self.cycle.response_complete:
+            self.rest_bytes += len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self.in_body = False
+        super().on_message_complete()
 
     def pause_writing(self) -> None:
         self.stalled_since = self.loop.time()

@@ -16,7 +16,7 @@ import msgspec
 
 from engine.config import ConfigError, ServerConfig
 from engine.config.environment import number
-from engine.config.logs import about, formatter, timestamp
+from engine.config.logs import about, formatter, printable, timestamp
 from engine.config.run import Standing
 from engine.wire.to_tokenizer import Embed, Generate, Judge
 from http_frontend.journal import Entry, Request
@@ -128,7 +128,7 @@ class _Lines(logging.Formatter):
         self._other = other
 
     def format(self, record: logging.LogRecord) -> str:
-        return record.getMessage() if getattr(record, "whole_line", False) else self._other.format(record)
+        return printable(record.getMessage()) if getattr(record, "whole_line", False) else self._other.format(record)
 
 
 class _PrivateFile(RotatingFileHandler):

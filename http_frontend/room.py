@@ -91,7 +91,8 @@ class Room:
             most, most_tokens, full = 2 * most, 2 * most_tokens, False
         over = self.items + len(sizes) > running + most
         # A prompt of any length may wait alone.
-        many = bool(self.tokens) and self.tokens + sum(sizes) > most_tokens + self._in_hand(server, running)
+        alone = not self.tokens and len(sizes) == 1
+        many = not alone and self.tokens + sum(sizes) > most_tokens + self._in_hand(server, running)
         if sizes and (over or many or (full and not paused)):
             raise RefusedError("D", QUEUE_FULL, 503, "503")
 

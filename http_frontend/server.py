@@ -92,6 +92,7 @@ def _uvicorn_config(server: ServerConfig, frontend: Frontend) -> uvicorn.Config:
         ssl_keyfile=server.ssl_keyfile,
         ssl_certfile=server.ssl_certfile,
         ssl_ca_certs=server.ssl_ca_certs,
+        ssl_cert_reqs=server.ssl_cert_reqs,
         ssl_keyfile_password=server.ssl_keyfile_password,
     )
     try:

@@ -123,7 +123,7 @@ class Recorder:
         Raises OSError, and then forgets nothing.
         """
         folder = self.settings.folder
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = folder / f"expert_distribution_rank{rank}_timestamp{time.time()}.csv"
         unfinished = folder / f".{path.name}.{os.getpid()}"
         try:

@@ -47,12 +47,20 @@ def begin(config_path: Path, name: str) -> RunConfig:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     setproctitle(f"tokenmill: {name}")
     try:
-        set_up_logging(config.standing.log_level or config.server.log_level, name, config.server.log_format)
+        level = config.standing.log_level or config.server.log_level
+        set_up_logging(level, name, config.server.log_format, messages=_may_quote(config, name))
         raise_file_limit()
         faults.arm_from_environment()
     except ConfigError as error:
         sys.exit(f"error: {error}")
     return config
+
+
+def _may_quote(config: RunConfig, name: str) -> bool:
+    """Whether the messages of exceptions may be logged: the scheduler's hold no texts, and whoever has requests logged
+    with their texts has asked for them."""
+    server = config.server
+    return name.startswith("scheduler") or (server.log_requests and server.log_requests_level >= 2)
 
 
 def report_ready(context: zmq.Context[Any], config: RunConfig, name: str, limits: Limits | None = None) -> None:

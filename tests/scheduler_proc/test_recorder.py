@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import os
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -327,3 +328,12 @@ def test_a_file_that_cannot_be_written_is_an_answer(folder: Path, tmp_path: Path
     (answer,) = sent.others
     assert answer.key == 3 and f"{str(tmp_path / 'file')!r}: File exists" in answer.error
     assert len(recorder.kept) == 1
+
+
+def test_a_record_is_the_users_alone(folder: Path, tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        path = recorder_of(config_of(folder), tmp_path / "new").dump(0)
+    finally:
+        os.umask(before)
+    assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)
