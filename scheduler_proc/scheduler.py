@@ -135,6 +135,8 @@ class Scheduler:
     def _beat(self) -> None:
         if self.heart is not None:
             self.heart.beat()
+        if faults.armed:
+            faults.spring_in_loop("scheduler")
 
     def turn(self) -> None:
         """One round of the loop: what is due between steps, and a step if there is anything to compute."""
