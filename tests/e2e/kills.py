@@ -73,6 +73,18 @@ class Target:
                 await self.http.get("/server_info", timeout=0.05)
         return pid
 
+    async def end_for_good(self, process: str, way: Way) -> int:
+        """`end`, and wait until the frontend has gone on with another (which must not be its own)."""
+        log_size = self.live.log_path.stat().st_size
+        pid = await self.end(process, way)
+        await self.logged("whole again", log_size)
+        return pid
+
+    async def slow(self, seconds: float | None) -> None:
+        """Have this scheduler sleep before each step: the tiny model would end all requests while a busy machine has yet
+        to see to the end of a process."""
+        (await self.http.post("/slow_down", json={"forward_sleep_time": seconds})).raise_for_status()
+
     async def another(self, process: str, pid: int) -> None:
         """Wait until another process than `pid` plays `process`."""
         await until(lambda: pid_of(self.live, process) not in (pid, None), self.live)
