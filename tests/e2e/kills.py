@@ -81,8 +81,8 @@ class Target:
         return pid
 
     async def slow(self, seconds: float | None) -> None:
-        """Have this scheduler sleep before each step: the tiny model would end all requests while a busy machine has yet
-        to see to the end of a process."""
+        """Have this scheduler sleep before each step: the tiny model would end all requests while a busy machine still
+        sees to the end of a process."""
         (await self.http.post("/slow_down", json={"forward_sleep_time": seconds})).raise_for_status()
 
     async def another(self, process: str, pid: int) -> None:
