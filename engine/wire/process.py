@@ -82,7 +82,8 @@ def fail(error: BaseException) -> NoReturn:
     end waits for its connections: until the last of them is done nobody would know that this process is dead.
     """
     try:
-        logger.critical("An exception that nobody caught ends this process: %r", error, exc_info=error)
+        # Its words may quote a prompt: they stand in the traceback alone.
+        logger.critical("%s: nobody caught it, and this process ends", type(error).__name__, exc_info=error)
         logging.shutdown()
     finally:
         os._exit(FAILED)

@@ -10,7 +10,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from engine.bench.live_server import LiveServer
 from engine.config import faults
 
 Json = dict[str, Any]
+Drive = Callable[[httpx.AsyncClient], Awaitable[Any]]
 Way = signal.Signals | Literal["exception"]
 """How a process comes to its end."""
 
@@ -49,6 +50,18 @@ def pid_of(server: LiveServer, process: str) -> int | None:
     return None
 
 
+def kill(server: LiveServer, process: str, number: signal.Signals) -> int:
+    pid = pid_of(server, process)
+    assert pid is not None, f"there is no {process}\n{server.log()}"
+    os.kill(pid, number)
+    return pid
+
+
+async def another(server: LiveServer, process: str, pid: int) -> None:
+    """Wait until another process than `pid` plays `process`."""
+    await until(lambda: pid_of(server, process) not in (pid, None), server)
+
+
 @dataclass
 class Target:
     """A live server whose processes are to end, and how. thrown: folder of the files that have a loop raise."""
@@ -59,11 +72,10 @@ class Target:
 
     async def end(self, process: str, way: Way) -> int:
         """End who plays `process`; returns the pid. An exception has been raised when this returns."""
+        if not isinstance(way, str):
+            return kill(self.live, process, way)
         pid = pid_of(self.live, process)
         assert pid is not None, f"there is no {process}\n{self.live.log()}"
-        if not isinstance(way, str):
-            os.kill(pid, way)
-            return pid
         file = self.thrown / process
         file.touch()
         deadline = time.monotonic() + PATIENCE
@@ -87,7 +99,7 @@ class Target:
 
     async def another(self, process: str, pid: int) -> None:
         """Wait until another process than `pid` plays `process`."""
-        await until(lambda: pid_of(self.live, process) not in (pid, None), self.live)
+        await another(self.live, process, pid)
 
     async def logged(self, words: str, since: int) -> None:
         """Wait until `words` are in the log, behind its first `since` bytes."""
@@ -137,6 +149,16 @@ async def whole(http: httpx.AsyncClient) -> None:
             pass
         assert time.monotonic() < deadline
         await asyncio.sleep(0.02)
+
+
+def drive(server: LiveServer, work: Drive) -> Any:
+    async def run() -> Any:
+        limits = httpx.Limits(max_connections=100)
+        async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits, trust_env=False) as http:
+            await whole(http)
+            return await work(http)
+
+    return asyncio.run(run())
 
 
 def decodes(tokens: int) -> list[Json]:
@@ -248,7 +270,7 @@ class Running:
             assert not self._task.done() or self._task.exception() is None
             await asyncio.sleep(0.005)
 
-    async def progress(self, streams: int, tokens: int) -> None:
+    async def progress(self, streams: int = 1, tokens: int = 1) -> None:
         """Wait until so many streams have so many new tokens each, or have ended."""
         before = [stream.tokens for stream in self.streams]
 
