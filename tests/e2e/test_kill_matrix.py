@@ -201,7 +201,7 @@ def _check_told(shared: Shared, log_size: int, process: str, way: Way, pids: lis
     for pid in pids:
         assert re.search(rf"error: {process}.* \(pid {pid}\) {HOW[way]}", log), log
     if way == "exception":
-        assert log.count("InjectedFaultError: nobody caught it") == len(pids)
+        assert log.count("InjectedFaultError: nobody caught it") >= len(pids)
         assert "Traceback (most recent call last)" in log
         assert "graceful shutdown" not in log  # a broken frontend does not wait for its connections
 
