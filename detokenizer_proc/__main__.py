@@ -11,10 +11,10 @@ from detokenizer_proc.replies import detokenized
 from detokenizer_proc.steps import StepDecoder
 from engine.checkpoints.errors import CheckpointError
 from engine.checkpoints.tokenizer import Tokenizer, load_tokenizer
-from engine.config import RunConfig
+from engine.config import RunConfig, faults
 from engine.wire.board import BEATS, Heart
 from engine.wire.operation import Tune
-from engine.wire.process import arguments, begin, report_ready
+from engine.wire.process import arguments, begin, play, report_ready
 from engine.wire.sockets import Inbox, Outbox
 from engine.wire.to_detokenizer import Detokenize, StepOutput, ToDetokenizer
 from engine.wire.to_frontend import Ended, StartedOver, ToFrontend
@@ -39,6 +39,8 @@ def main() -> None:
     report_ready(context, config, "detokenizer")
     while True:
         heart.beat()
+        if faults.armed:
+            faults.spring_in_loop("detokenizer")
         inbox.wait(BEATS)
         for message in inbox.drain():
             heart.beat()
@@ -70,4 +72,4 @@ def _load(config: RunConfig) -> Tokenizer | None:
 
 
 if __name__ == "__main__":
-    main()
+    play(main)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import zmq
 
+from engine.config import faults
 from engine.wire.board import BEATS, Heart
 from engine.wire.lifecycle import Drain, FromLauncher, GiveUp, Lost, Serving, ToLauncher, Warm
 from engine.wire.operation import Profile, Profiled, SlowDown, Tune
@@ -80,7 +81,8 @@ class Ring:
     on_scheduler: called after any message that the scheduler has caused. on_launcher: called with the launcher's word.
     on_weights: called with what the scheduler says of the weights and of pauses, before the call that waits for it.
     on_state: called with every state of the scheduler, whoever asked for it.
-    on_failure: called when a message cannot be read or applied, which is a bug: nothing can be trusted any more.
+    on_failure: called when the loop cannot go on, say with a message that cannot be applied. That is a bug: nothing can
+    be trusted any more.
     """
 
     def __init__(self, context: zmq.Context[Any], runtime_dir: str) -> None:
@@ -173,7 +175,13 @@ class Ring:
             self._tokenizer.send(message)
 
     def _beat(self) -> None:
-        self._heart.beat()
+        try:
+            self._heart.beat()
+            if faults.armed:
+                faults.spring_in_loop("frontend")
+        except BaseException as error:
+            self.on_failure(error)
+            raise
         self._beating = self._loop.call_later(BEATS / 2, self._beat)
 
     def tell(self, message: Tune | SlowDown) -> None:

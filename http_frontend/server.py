@@ -15,7 +15,7 @@ import zmq
 
 from engine.config import ConfigError, RunConfig, ServerConfig
 from engine.config.environment import number
-from engine.wire.process import report_ready
+from engine.wire.process import fail, report_ready
 from http_frontend.app import build_app
 from http_frontend.connections import connection_class, sweep
 from http_frontend.frontend import Frontend
@@ -25,7 +25,7 @@ _CLOSING_SECONDS = 5
 
 
 def serve(run: RunConfig, listener: socket.socket) -> None:
-    """Serve until the launcher's `Drain` has been carried out. Raises what broke the frontend, if something did."""
+    """Serve until the launcher's `Drain` has been carried out. What breaks the frontend ends this process."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner, zmq.Context() as context:
         runner.run(_serve(run, listener, context))
 
@@ -63,13 +63,13 @@ async def _serve(run: RunConfig, listener: socket.socket, context: zmq.Context[z
     sweeping = asyncio.create_task(sweep(server.server_state.connections, run.server))
     try:
         await asyncio.wait({frontend.ended, serving, sweeping}, return_when=asyncio.FIRST_COMPLETED)
-        if sweeping.done():
-            sweeping.result()
+        for work in (frontend.ended, serving, sweeping):
+            # Uvicorn would serve its connections for seconds more, with a frontend that nothing can be got from.
+            if work.done() and (error := work.exception()) is not None:
+                fail(error)
         sweeping.cancel()
         server.should_exit = True
         await serving
-        if frontend.ended.done():
-            frontend.ended.result()
     finally:
         frontend.ring.close()
 

@@ -63,6 +63,7 @@ class Generation:
     def handle(self, message: WeightControl) -> None:
         match message:
             case UpdateWeights():
+                logger.info("The weights are to be updated to those of %s", message.model_path)
                 self._updates().queue.append(message)
             case ReadWeights():
                 self._updates().reads.append(message)

@@ -136,6 +136,8 @@ class Scheduler:
         if self.heart is not None:
             self.heart.beat()
             self.heart.board.note_load(len(self.planner.running), self.planner.queued)
+        if faults.armed:
+            faults.spring_in_loop("scheduler")
 
     def turn(self) -> None:
         """One round of the loop: what is due between steps, and a step if there is anything to compute."""

@@ -10,12 +10,12 @@ import zmq
 
 from engine.checkpoints.errors import CheckpointError
 from engine.checkpoints.tokenizer import Tokenizer, load_tokenizer
-from engine.config import ConfigError, RunConfig
+from engine.config import ConfigError, RunConfig, faults
 from engine.config.environment import count_limit
 from engine.wire.board import BEATS, Heart
 from engine.wire.failures import internal_error
 from engine.wire.operation import Tune
-from engine.wire.process import arguments, begin, report_ready
+from engine.wire.process import arguments, begin, play, report_ready
 from engine.wire.sockets import Inbox, Outbox
 from engine.wire.to_frontend import Ended, ToFrontend
 from engine.wire.to_scheduler import ToScheduler
@@ -45,6 +45,8 @@ def main() -> None:
     report_ready(context, config, "tokenizer")
     while True:
         heart.beat()
+        if faults.armed:
+            faults.spring_in_loop("tokenizer")
         inbox.wait(BEATS)
         for message in inbox.drain():
             heart.beat()
@@ -102,4 +104,4 @@ def _load(config: RunConfig) -> Tokenizer | None:
 
 
 if __name__ == "__main__":
-    main()
+    play(main)
