@@ -9,7 +9,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -57,7 +57,7 @@ def build_app(frontend: Frontend) -> ASGIApp:
     app = Starlette(
         routes=_routes(frontend),
         middleware=middleware,
-        exception_handlers={RefusedError: _refused, HTTPException: _http_error},
+        exception_handlers={RefusedError: _refused, HTTPException: _http_error, ClientDisconnect: _client_gone},
     )
     return _Outermost(app, root_path)
 
@@ -141,6 +141,11 @@ def _route(path: str, endpoint: Callable[..., Any], *methods: str) -> Route:
 def _refused(_request: Request, error: Exception) -> Response:
     assert isinstance(error, RefusedError)
     return error_response(error)
+
+
+def _client_gone(_request: Request, _error: Exception) -> Response:
+    """Whoever hangs up before its body is whole has done no harm, and hears nothing of this."""
+    return Response(status_code=400)
 
 
 def _http_error(_request: Request, error: Exception) -> Response:
