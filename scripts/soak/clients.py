@@ -73,19 +73,25 @@ class Clients:
             link.close()
 
     async def learn(self) -> None:
-        """Fill the oracle."""
-        for job in self.table:
-            status, _, body = await self.ask(job)
-            if job.kind == "bad":
-                if not 400 <= status < 500:
-                    raise WrongError(f"{job.name}: answered {status}: {body[:200]!r}")
-                self.oracle[job.name] = status, decoded(body)
-            elif status != 200:
-                raise WrongError(f"{job.name}: answered {status}: {body[:200]!r}")
-            elif job.kind == "generation":
-                self.oracle[job.name] = [item.essence() for item in items_of(body)]
-            else:
-                self.oracle[job.name] = decoded(body)
+        """Fill the oracle, a few requests at a time."""
+        left = list(self.table)
+
+        async def pupil() -> None:
+            while left:
+                await self._learn(left.pop())
+
+        await asyncio.gather(*(pupil() for _ in range(4)))
+
+    async def _learn(self, job: Job) -> None:
+        status, _, body = await self.ask(job)
+        if status // 100 != (4 if job.kind == "bad" else 2):
+            raise WrongError(f"{job.name}: answered {status}: {body[:200]!r}")
+        if job.kind == "bad":
+            self.oracle[job.name] = status, decoded(body)
+        elif job.kind == "generation":
+            self.oracle[job.name] = [item.essence() for item in items_of(body)]
+        else:
+            self.oracle[job.name] = decoded(body)
 
     async def work(self, until: float) -> None:
         """Ask for one thing after the other, as long as the gate is open."""

@@ -17,6 +17,8 @@ from scripts.soak.tree import ROLES, Tree
 
 SIGNALS = (signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV)
 PATIENCE = 120.0
+_TWICE = 0.2
+"""How often a second process dies within a second of the first."""
 _ACTIONS = {"flush": 4, "update": 2, "retract": 2, "in_place": 2, "abort_all": 1, "abort": 1}
 
 
@@ -71,16 +73,22 @@ async def _call(clients: Clients, path: str, body: Any, statuses: tuple[int, ...
 
 
 async def kill_on_and_on(clients: Clients, tree: Tree, every: float, until: float, calm: asyncio.Lock) -> None:
-    """Send a random signal to a random process every `every` seconds, and wait until the server is whole again."""
+    """Send a random signal to a random process every `every` seconds, now and then also to another one while the server
+    is not whole yet; and wait until it is."""
     source = random.Random(clients.random.random())
     due = time.monotonic() + every / 2
     while (due := due + every) - every / 2 < until:
         await asyncio.sleep(max(0.0, due - every / 2 - time.monotonic()))
         async with calm:
-            await _kill(clients, tree, source.choice(ROLES), source.choice(SIGNALS))
+            first, second = source.sample(ROLES, 2)
+            kills = [_kill(clients, tree, first, source.choice(SIGNALS), 0.0)]
+            if source.random() < _TWICE:
+                kills.append(_kill(clients, tree, second, source.choice(SIGNALS), source.random()))
+            await asyncio.gather(*kills)
 
 
-async def _kill(clients: Clients, tree: Tree, role: str, number: signal.Signals) -> None:
+async def _kill(clients: Clients, tree: Tree, role: str, number: signal.Signals, delay: float) -> None:
+    await asyncio.sleep(delay)
     ledger = clients.ledger
     process = tree.processes().get(role)
     if process is None:
