@@ -112,7 +112,7 @@ async def _soak(server: LiveServer, tree: Tree, ledger: Ledger, options: argpars
 def _report(ledger: Ledger, tree: Tree, quiet: Quiet, log: str, seconds: float) -> bool:
     ours = {outage.pid for outage in ledger.outages}
     strangers = [words for words, pid in _DEATH.findall(log) if int(pid) not in ours]
-    lines, faults = tree.growth(MEMORY_SLACK, DESCRIPTORS_SLACK)
+    lines, faults = tree.growth(MEMORY_SLACK, quiet.pool_bytes, DESCRIPTORS_SLACK)
     violations = [
         *ledger.violations,
         *ledger.unexcused(),

@@ -76,15 +76,16 @@ async def kill_on_and_on(clients: Clients, tree: Tree, every: float, until: floa
     """Send a random signal to a random process every `every` seconds, now and then also to another one while the server
     is not whole yet; and wait until it is."""
     source = random.Random(clients.random.random())
-    due = time.monotonic() + every / 2
-    while (due := due + every) - every / 2 < until:
-        await asyncio.sleep(max(0.0, due - every / 2 - time.monotonic()))
+    due = time.monotonic() + every
+    while due < until:
+        await asyncio.sleep(due - time.monotonic())
         async with calm:
             first, second = source.sample(ROLES, 2)
             kills = [_kill(clients, tree, first, source.choice(SIGNALS), 0.0)]
             if source.random() < _TWICE:
                 kills.append(_kill(clients, tree, second, source.choice(SIGNALS), source.random()))
             await asyncio.gather(*kills)
+        due = max(due + every, time.monotonic() + every / 4)
 
 
 async def _kill(clients: Clients, tree: Tree, role: str, number: signal.Signals, delay: float) -> None:

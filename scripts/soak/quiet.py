@@ -22,12 +22,14 @@ _IN_FLIGHT = re.compile(rb"^tokenmill:requests_in_flight\{[^}]*\} (\S+)$", re.MU
 
 @dataclass
 class Quiet:
-    """points: quiet points so far. disturbed: held by those who disturb the server, one lock for each of them."""
+    """points: quiet points so far. disturbed: held by those who disturb the server, one lock for each of them.
+    pool_bytes: of the KV pool."""
 
     clients: Clients
     tree: Tree
     disturbed: tuple[asyncio.Lock, asyncio.Lock]
     points: int = 0
+    pool_bytes: int = 0
 
     async def every(self, seconds: float, until: float) -> None:
         while time.monotonic() + seconds < until:
@@ -68,6 +70,7 @@ class Quiet:
         deadline = time.monotonic() + _SETTLING
         while True:
             load = (await self._json("/v1/loads"))["loads"][0]
+            self.pool_bytes = int(load["memory"]["kv_cache_gb"] * 1e9)
             _, _, page = await self.clients.ask(Job("metrics", "call", "/metrics", None, method="GET"))
             found = _IN_FLIGHT.search(page)
             await asyncio.sleep(0.05)  # the connection of that question ends as well

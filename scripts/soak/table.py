@@ -47,6 +47,7 @@ def generating_table(seed: int) -> list[Job]:
         *_lists(source, shared),
         *(_score(source, number) for number in range(4)),
         *_texts(source),
+        Job("tokenize messages", "call", "/tokenize", {"messages": [{"role": "user", "content": "Hello?"}]}),
         *_bad_generations(),
         Job("encode on a generating model", "bad", "/encode", {"text": "a"}),
     ]
@@ -144,7 +145,6 @@ def _texts(source: random.Random) -> list[Job]:
     return [
         Job("tokenize", "call", "/tokenize", {"prompt": _words(source, 50)}),
         Job("tokenize a list", "call", "/v1/tokenize", {"prompt": [_words(source, 5), "", "x"]}),
-        Job("tokenize messages", "call", "/tokenize", {"messages": [{"role": "user", "content": "Hello?"}]}),
         Job("detokenize", "call", "/detokenize", {"tokens": [source.randrange(3, 300) for _ in range(40)]}),
         Job("tokenize nothing", "bad", "/tokenize", {}),
         Job("detokenize words", "bad", "/detokenize", {"tokens": ["a"]}),

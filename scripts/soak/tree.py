@@ -76,11 +76,12 @@ class Tree:
         """Processes that have outlived the server."""
         return [f"pid {process.pid} still runs: {_status(process)}" for process in self.seen if self.runs(process)]
 
-    def growth(self, slack: int, descriptors_slack: int) -> tuple[list[str], list[str]]:
+    def growth(self, slack: int, pool: int, descriptors_slack: int) -> tuple[list[str], list[str]]:
         """A line for each role, and what of it is too much.
 
         Memory: within one process's life from its first quiet point on, and between the medians of the first and the
-        last half of all quiet points of the role. Descriptors: the most at any quiet point against the fewest.
+        last half of all quiet points of the role. The scheduler's pool (`pool` bytes) comes to be as it is used. Descriptors:
+        the most at any quiet point against the fewest.
         """
         lines, faults = [], []
         for role in (*ROLES, "launcher"):
@@ -96,7 +97,7 @@ class Tree:
                 f"{memory / 2**20:.1f} MiB, growth in a life {within / 2**20:+.1f}, over all {over / 2**20:+.1f} MiB; "
                 f"descriptors {fewest} to {most}"
             )
-            if max(within, over) > slack:
+            if max(within, over) > slack + (pool if role == "scheduler" else 0):
                 faults.append(f"the memory of the {role} grows: {lines[-1].strip()}")
             if most - fewest > descriptors_slack:
                 faults.append(f"the descriptors of the {role} grow: {lines[-1].strip()}")
