@@ -80,8 +80,8 @@ class Tree:
         """A line for each role, and what of it is too much.
 
         Memory: within one process's life from its first quiet point on, and between the medians of the first and the
-        last half of all quiet points of the role. The scheduler's pool (`pool` bytes) comes to be as it is used. Descriptors:
-        the most at any quiet point against the fewest.
+        last half of all quiet points of the role. The scheduler's pool (`pool` bytes) comes to be as it is used.
+        Descriptors: the most at any quiet point against the fewest.
         """
         lines, faults = [], []
         for role in (*ROLES, "launcher"):
