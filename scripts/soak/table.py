@@ -103,7 +103,11 @@ def _generation(source: random.Random, number: int, shared: str) -> Job:
     if number % 15 == 7:
         sampling |= {"max_new_tokens": 200}
     if number % 9 == 2:
-        sampling |= {"logit_bias": {"40": 3.0, "50": -100.0}, "min_new_tokens": 3, "ignore_eos": False}
+        sampling |= {
+            "logit_bias": {"40": 3.0, "50": -100.0},
+            "min_new_tokens": min(3, sampling["max_new_tokens"]),
+            "ignore_eos": False,
+        }
     if number % 4 == 3:
         body |= {"priority": source.randrange(-2, 3)}
     return Job(f"generation {number}", "generation", "/generate", body | {"sampling_params": sampling},
