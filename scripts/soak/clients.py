@@ -177,7 +177,7 @@ class Clients:
         if fate == "leave early":
             return await self._leave_early(job)
         if job.kind != "generation":
-            return await self._call(job)
+            return await self._call(job, sent)
         link = await Link.open(self.target)
         try:
             if fate == "plain" or (fate == "abort early" and self.random.random() < 0.5):
@@ -203,11 +203,15 @@ class Clients:
             link.hang_up()
         return "left by its client before the first byte"
 
-    async def _call(self, job: Job) -> str:
+    async def _call(self, job: Job, sent: float) -> str:
         status, headers, body = await self.ask(job)
         if status == 503:
             _check_retry_after(headers)
             raise RefusedError(body.decode())
+        if job.kind == "bad" and status == 200 and any(map(was_aborted, items_of(body))):
+            # It has waited for the tokenizer, which would have refused it.
+            self.ledger.incident("aborted", job.name, sent)
+            return "aborted with all others, as asked"
         if job.kind == "bad":
             if (found := (status, decoded(body))) != self.oracle[job.name]:
                 raise WrongError(f"{found} instead of {self.oracle[job.name]}")
