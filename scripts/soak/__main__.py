@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=None, help="of the table and the traffic; default: the time")
     parser.add_argument("--clients", type=int, default=24)
     parser.add_argument("--quiet-every", type=float, default=45, help="seconds between two quiet points")
+    parser.add_argument("--patience", type=float, default=300, help="seconds after which a request counts as hung")
     parser.add_argument("--model", default=None, help="default: the bundled model")
     parser.add_argument("--keep-log", default=None, help="file that the server's log is copied to")
     words = sys.argv[1:]
@@ -83,7 +84,7 @@ def _flags(kill_every: float) -> Iterator[str]:
 
 
 async def _soak(server: LiveServer, tree: Tree, ledger: Ledger, options: argparse.Namespace) -> Quiet:
-    clients = Clients(parse_url(server.url), [], ledger, random.Random(options.seed))
+    clients = Clients(parse_url(server.url), [], ledger, random.Random(options.seed), options.patience)
     status, _, body = await clients.ask(Job("info", "call", "/model_info", None, method="GET"))
     facts = msgspec.json.decode(body)
     assert status == 200, body

@@ -29,8 +29,6 @@ from scripts.soak.ledger import Ledger
 from scripts.soak.link import Link
 from scripts.soak.table import Job
 
-PATIENCE = 150.0
-"""Seconds after which a request counts as hung: several deaths on a busy machine."""
 FATES = {"plain": 30, "stream": 34, "slow": 4, "abort": 10, "abort early": 4, "leave": 10, "leave early": 8}
 PROBES = ("/health", "/health_generate", "/ready", "/v1/loads", "/server_info", "/model_info", "/v1/models", "/metrics")
 _SLOWNESS = 0.05
@@ -39,12 +37,13 @@ _SLOWNESS = 0.05
 @dataclass
 class Clients:
     """What all clients share. oracle: the answers of an undisturbed server, by job. running: what is being asked now,
-    and since when. seed: the rids begin with it."""
+    and since when. patience: seconds after which a request counts as hung."""
 
     target: Target
     table: list[Job]
     ledger: Ledger
     random: random.Random
+    patience: float
     oracle: dict[str, Any] = field(default_factory=dict)
     running: dict[str, float] = field(default_factory=dict)
     gate: asyncio.Event = field(default_factory=asyncio.Event)
@@ -125,7 +124,7 @@ class Clients:
         """Ask once; whether that is the end of it."""
         sent = time.monotonic()
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(self.patience):
                 outcome = await self._once(job, fate, sent)
         except LostConnectionError as error:
             self.ledger.incident("lost", f"{name}: {error}", sent)
@@ -136,7 +135,7 @@ class Clients:
             self.ledger.incident("given up", f"{name}: {error}", sent)
             self.ledger.requests["given up after several deaths of the scheduler (500), asked again"] += 1
         except TimeoutError:
-            self.ledger.violation(f"{name}: no end within {PATIENCE:g} s")
+            self.ledger.violation(f"{name}: no end within {self.patience:g} s")
             self.ledger.requests["hung"] += 1
             return True
         except (WrongError, msgspec.DecodeError, KeyError, TypeError) as error:
@@ -155,13 +154,13 @@ class Clients:
         name, sent = f"{path} {self.ledger.asked}", time.monotonic()
         self.running[name] = sent
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(self.patience):
                 status, _, body = await self.ask(Job(path, "call", path, None, method="GET"))
         except LostConnectionError as error:
             self.ledger.incident("lost", f"{name}: {error}", sent)
             self.ledger.requests["probe whose connection was lost with the frontend"] += 1
         except TimeoutError:
-            self.ledger.violation(f"{name}: no answer within {PATIENCE:g} s")
+            self.ledger.violation(f"{name}: no answer within {self.patience:g} s")
         else:
             if status == 503 and path in ("/health", "/health_generate", "/ready"):
                 self.ledger.incident("not ready" if path == "/ready" else "unhealthy", name, sent)

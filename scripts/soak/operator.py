@@ -17,6 +17,7 @@ from scripts.soak.tree import ROLES, Tree
 
 SIGNALS = (signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV)
 PATIENCE = 120.0
+"""Seconds in which a process must have died, and in which the server must be whole again."""
 _TWICE = 0.2
 """How often a second process dies within a second of the first."""
 _ACTIONS = {"flush": 4, "update": 2, "retract": 2, "in_place": 2, "abort_all": 1, "abort": 1}
@@ -57,7 +58,7 @@ async def _call(clients: Clients, path: str, body: Any, statuses: tuple[int, ...
     while True:
         sent = time.monotonic()
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(clients.patience):
                 status, _, answer = await clients.ask(Job(path, "call", path, body))
         except LostConnectionError as error:
             ledger.incident("lost", f"{path}: {error}", sent)
@@ -65,7 +66,7 @@ async def _call(clients: Clients, path: str, body: Any, statuses: tuple[int, ...
             await asyncio.sleep(0.3)
             continue
         except TimeoutError:
-            ledger.violation(f"{path} {body}: no answer within {PATIENCE:g} s")
+            ledger.violation(f"{path} {body}: no answer within {clients.patience:g} s")
             return
         if status not in statuses:
             ledger.violation(f"{path} {body}: answered {status}: {answer[:200]!r}")

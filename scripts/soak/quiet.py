@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from scripts.soak.clients import PATIENCE, Clients
+from scripts.soak.clients import Clients
 from scripts.soak.operator import healthy
 from scripts.soak.table import Job
 from scripts.soak.tree import Tree
@@ -41,7 +41,7 @@ class Quiet:
         ledger = self.clients.ledger
         async with self.disturbed[0], self.disturbed[1]:
             self.clients.gate.clear()
-            deadline = time.monotonic() + PATIENCE + 10
+            deadline = time.monotonic() + self.clients.patience + 10
             while self.clients.running and time.monotonic() < deadline:  # noqa: ASYNC110 many clients, one look
                 await asyncio.sleep(0.05)
             if self.clients.running:
