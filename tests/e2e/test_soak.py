@@ -75,8 +75,8 @@ def _jobs(count: int, seed: int) -> list[dict[str, Any]]:
 
 async def _drive(server: LiveServer, jobs: list[dict[str, Any]]) -> list[Any]:
     done: list[Any] = []
-    # No connection is used twice: a client that is late to read an answer, on a busy machine, would ask again on one that
-    # the server is about to drop as idle (5 s), and lose its request.
+    # No connection is used twice: a client that is late to read an answer, on a busy machine, would ask again on one
+    # that the server is about to drop as idle (5 s), and lose its request.
     limits = httpx.Limits(max_connections=CLIENTS * 2, max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as http:
         await asyncio.gather(*(_client(server, http, jobs, done) for _ in range(CLIENTS)))
