@@ -59,6 +59,7 @@ class GenerateEndpoint:
             body = await read_body(receive)
         except ClientGoneError:
             return
+        await self._frontend.turnstile.enter()
         count_body(self._frontend.metrics, len(body))
         try:
             self._frontend.check_open()
@@ -68,6 +69,7 @@ class GenerateEndpoint:
             await error_response(refused)(scope, receive, send)
             return
         try:
+            self._frontend.check_any_room()
             check_timeout(request.timeout)
             plan = plan_call(request, self._frontend.desk)
             self._frontend.check_room([item.generate for item in plan.items])
