@@ -16,6 +16,7 @@ from http_frontend.bodies import (
     check_content_type,
     content_type,
     find_wide_integer,
+    forget_inputs,
     read_body,
 )
 from http_frontend.broken_answers import end_broken, send_broken
@@ -76,6 +77,8 @@ class GenerateEndpoint:
         except RefusedError as refused:
             await self._refuse(refused, request, scope, receive, send)
             return
+        forget_inputs(request)
+        del body
         await self._run(plan, request, scope, receive, send)
 
     async def _refuse(

@@ -30,7 +30,7 @@ import psutil
 from engine.bench.live_server import LiveServer, running_server
 from scripts.overload_clients import Seen
 
-_STREAM_TOKENS = 1200
+_STREAM_TOKENS = 400
 _READ_MEMORY = 0.05
 
 

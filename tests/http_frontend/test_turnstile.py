@@ -37,7 +37,7 @@ def test_one_call_begins_in_a_turn_of_the_loop_in_order() -> None:
 def test_a_request_that_was_admitted_waits_only_once() -> None:
     async def play(turnstile: Turnstile) -> None:
         assert turnstile.admit(lambda: None, 1)
-        await asyncio.wait_for(turnstile.enter(), 1)
+        await turnstile.enter()
         begun: list[int] = []
 
         async def body(number: int) -> None:
@@ -60,9 +60,8 @@ def test_a_request_that_was_admitted_waits_only_once() -> None:
 
 def test_new_connections_come_first_but_not_for_ever() -> None:
     async def play(turnstile: Turnstile) -> None:
-        await turnstile.enter()
-        call = asyncio.create_task(turnstile.enter())
         began = asyncio.get_running_loop().time()
+        _, call = [asyncio.create_task(turnstile.enter()) for _ in range(2)]
         for _ in range(20):
             turnstile.arrived()
             await asyncio.sleep(0)
@@ -77,16 +76,15 @@ def test_new_connections_come_first_but_not_for_ever() -> None:
 def test_who_leaves_the_queue_and_who_raises_hold_up_nobody() -> None:
     async def play(turnstile: Turnstile) -> None:
         asyncio.get_running_loop().set_exception_handler(lambda _loop, _context: None)
-        await turnstile.enter()
-        gone = asyncio.create_task(turnstile.enter())
+        _, gone = [asyncio.create_task(turnstile.enter()) for _ in range(2)]
         await asyncio.sleep(0)
-        gone.cancel()
+        assert gone.cancel()
 
         def broken() -> None:
             raise ValueError("on purpose")
 
         assert not turnstile.admit(broken, 1)
-        await asyncio.wait_for(turnstile.enter(), 1)
+        await asyncio.wait_for(turnstile.enter(), 10)
 
     on_loop(play)
 
