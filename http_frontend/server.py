@@ -19,11 +19,10 @@ from engine.wire.process import report_ready
 from http_frontend.app import build_app
 from http_frontend.connections import connection_class, sweep
 from http_frontend.frontend import Frontend
+from http_frontend.turnstile import ACCEPTED
 
 BACKLOG = 2048
 """Connections that the kernel keeps until they are accepted."""
-_ACCEPTED = 16
-"""Connections that are accepted in a turn of the loop."""
 _CLOSING_SECONDS = 5
 """Time that connections get, once nothing is in flight, to take what was sent to them."""
 
@@ -65,7 +64,7 @@ async def _serve(run: RunConfig, listener: socket.socket, context: zmq.Context[z
     frontend.stop_accepting = server.stop_accepting
     # libuv accepts one connection of a socket in a turn of the loop. In a rush, a turn answers a request, and a health
     # check would be behind hundreds of connections; so the socket is there several times.
-    listeners = [listener, *(listener.dup() for _ in range(_ACCEPTED - 1))]
+    listeners = [listener, *(listener.dup() for _ in range(ACCEPTED - 1))]
     serving = asyncio.create_task(server.serve(sockets=listeners))
     sweeping = asyncio.create_task(sweep(server.server_state.connections, run.server))
     try:

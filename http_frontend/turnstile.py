@@ -13,6 +13,9 @@ from collections.abc import Callable
 
 PATIENCE = 0.05
 """Seconds for which calls leave the loop to new connections, among which may be a health check, if these do not end."""
+ACCEPTED = 16
+"""Connections that are accepted in a turn of the loop at most."""
+MANY = ACCEPTED // 2
 MOST_BYTES = 16 << 20
 """Of requests that wait unread; what comes beyond is read at once, and its body counted as others are."""
 
@@ -26,7 +29,7 @@ class Turnstile:
         self._bytes = 0
         self._turns = False
         self._free = False
-        self._arrived = False
+        self._arrived = 0
         self._turned_at = 0.0
 
     def admit(self, begin: Callable[[], None], size: int) -> bool:
@@ -55,8 +58,8 @@ class Turnstile:
         await future
 
     def arrived(self) -> None:
-        """A connection has been accepted. There may be more behind it."""
-        self._arrived = True
+        """A connection has been accepted. Where many are in one turn there are more behind them."""
+        self._arrived += 1
 
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
         self._turns = True
@@ -65,20 +68,20 @@ class Turnstile:
 
     def _turn(self, loop: asyncio.AbstractEventLoop) -> None:
         """Once in each turn of the loop, until nobody waits."""
-        self._free = False
         if not self._waiting:
             self._turns = False
             return
-        loop.call_soon(self._turn, loop)
         now = loop.time()
-        arrived, self._arrived = self._arrived, False
-        if arrived and now - self._turned_at < PATIENCE:
-            return
-        self._turned_at = now
-        begin, size = self._waiting.popleft()
-        self._bytes -= size
-        self._free = size > 0
-        begin()
+        arrived, self._arrived = self._arrived, 0
+        try:
+            if arrived < MANY or now - self._turned_at > PATIENCE:
+                self._turned_at = now
+                begin, size = self._waiting.popleft()
+                self._bytes -= size
+                self._free = self._free or size > 0
+                begin()
+        finally:  # after what has begun, which is to find its pass
+            loop.call_soon(self._turn, loop)
 
 
 def _wake(future: asyncio.Future[None]) -> None:

@@ -111,11 +111,11 @@ def _end(client: subprocess.Popen[str]) -> Seen:
     """What a client has seen; a probe is told to end, the others are waited for."""
     assert client.stdin is not None and client.stdout is not None
     client.stdin.close()
-    line = client.stdout.readline()
     client.stdin = None  # communicate() would flush it
-    if not line:
-        raise RuntimeError(f"{client.args!r} has failed")
-    return msgspec.json.decode(line, type=Seen)
+    said = client.stdout.read()
+    if client.wait():
+        raise RuntimeError(f"{client.args!r} has ended with {client.returncode} after {said[-200:]!r}")
+    return msgspec.json.decode(said, type=Seen)
 
 
 class _Memory:

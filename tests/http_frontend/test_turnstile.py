@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from http_frontend.turnstile import MOST_BYTES, Turnstile
+from http_frontend.turnstile import ACCEPTED, MOST_BYTES, Turnstile
 
 
 def on_loop(play: Callable[[Turnstile], Awaitable[None]]) -> None:
@@ -13,6 +13,12 @@ def on_loop(play: Callable[[Turnstile], Awaitable[None]]) -> None:
         await play(Turnstile())
 
     asyncio.run(whole())
+
+
+def many(turnstile: Turnstile) -> None:
+    """As many connections as there may be in a turn."""
+    for _ in range(ACCEPTED):
+        turnstile.arrived()
 
 
 def test_one_call_begins_in_a_turn_of_the_loop_in_order() -> None:
@@ -52,6 +58,8 @@ def test_a_request_that_was_admitted_waits_only_once() -> None:
         while len(begun) < 5:
             # Whoever is called before the others is done before them.
             assert len(tasks) - len(begun) <= 1
+            if len(tasks) % 2:
+                many(turnstile)  # turns that are left to others do not cost it its pass
             await asyncio.sleep(0)
         assert begun == list(range(5))
 
@@ -63,11 +71,11 @@ def test_new_connections_come_first_but_not_for_ever() -> None:
         began = asyncio.get_running_loop().time()
         _, call = [asyncio.create_task(turnstile.enter()) for _ in range(2)]
         for _ in range(20):
-            turnstile.arrived()
+            many(turnstile)
             await asyncio.sleep(0)
         assert not call.done() or asyncio.get_running_loop().time() - began > 0.05
         while not call.done():
-            turnstile.arrived()
+            many(turnstile)
             await asyncio.sleep(0)
 
     on_loop(play)
@@ -96,7 +104,7 @@ def test_bytes_that_wait_are_bounded() -> None:
         assert turnstile.admit(lambda: None, 1)
         for _ in range(5):
             await asyncio.sleep(0)
-        await turnstile.enter()
+        assert turnstile.admit(lambda: None, 1)
         assert not turnstile.admit(lambda: None, MOST_BYTES)
 
     on_loop(play)
