@@ -1,8 +1,8 @@
-"""One call at a time begins: what a call begins with (its head is parsed, its body decoded and planned, it is sent on
+"""Few calls at a time begin: what a call begins with (its head is parsed, its body decoded and planned, it is sent on
 or refused) takes some tenths of a millisecond, and in a rush a thousand calls are there at once.
 
-Between two of them the event loop looks at everything else: connections that come, health checks, tokens that streams
-wait for. None of that has to wait for more than one call.
+Between them the event loop looks at everything else: connections that come, health checks, tokens that streams
+wait for. None of that has to wait for more than `CALLS` of them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ PATIENCE = 0.05
 ACCEPTED = 16
 """Connections that are accepted in a turn of the loop at most."""
 MANY = ACCEPTED // 2
+CALLS = 4
+"""Calls that begin in a turn of the loop: with one, they would wait until the last connection of a rush has come."""
 MOST_BYTES = 16 << 20
 """Of requests that wait unread; what comes beyond is read at once, and its body counted as others are."""
 
@@ -28,7 +30,7 @@ class Turnstile:
         self._waiting: deque[tuple[Callable[[], None], int]] = deque()
         self._bytes = 0
         self._turns = False
-        self._free = False
+        self._free = 0
         self._arrived = 0
         self._turned_at = 0.0
 
@@ -36,7 +38,7 @@ class Turnstile:
         """Whether a request of `size` bytes may be read now; else `begin` is called when it may."""
         if not self._turns:
             self._start(asyncio.get_running_loop())
-            self._free = True
+            self._free = 1
             return True
         if self._bytes + size > MOST_BYTES:
             return True
@@ -47,7 +49,7 @@ class Turnstile:
     async def enter(self) -> None:
         """Wait for the caller's turn, which is now where its request has just been admitted, or nobody else waits."""
         if self._free:
-            self._free = False
+            self._free -= 1
             return
         loop = asyncio.get_running_loop()
         if not self._turns:
@@ -76,10 +78,12 @@ class Turnstile:
         try:
             if arrived < MANY or now - self._turned_at > PATIENCE:
                 self._turned_at = now
-                begin, size = self._waiting.popleft()
-                self._bytes -= size
-                self._free = self._free or size > 0
-                begin()
+                self._free = 0
+                for _ in range(min(CALLS, len(self._waiting))):
+                    begin, size = self._waiting.popleft()
+                    self._bytes -= size
+                    self._free += size > 0
+                    begin()
         finally:  # after what has begun, which is to find its pass
             loop.call_soon(self._turn, loop)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from http_frontend.turnstile import ACCEPTED, MOST_BYTES, Turnstile
+from http_frontend.turnstile import ACCEPTED, CALLS, MOST_BYTES, Turnstile
 
 
 def on_loop(play: Callable[[Turnstile], Awaitable[None]]) -> None:
@@ -21,7 +21,7 @@ def many(turnstile: Turnstile) -> None:
         turnstile.arrived()
 
 
-def test_one_call_begins_in_a_turn_of_the_loop_in_order() -> None:
+def test_few_calls_begin_in_a_turn_of_the_loop_in_order() -> None:
     async def play(turnstile: Turnstile) -> None:
         turn, begun = 0, []
 
@@ -35,7 +35,7 @@ def test_one_call_begins_in_a_turn_of_the_loop_in_order() -> None:
             await asyncio.sleep(0)
         assert [number for number, _ in begun] == list(range(10))
         turns = [turn for _, turn in begun]
-        assert len(set(turns)) == 10
+        assert max(turns.count(one) for one in turns) <= CALLS
 
     on_loop(play)
 
@@ -57,7 +57,7 @@ def test_a_request_that_was_admitted_waits_only_once() -> None:
         assert not any(turnstile.admit(begin(number), 1) for number in range(5))
         while len(begun) < 5:
             # Whoever is called before the others is done before them.
-            assert len(tasks) - len(begun) <= 1
+            assert len(tasks) - len(begun) <= CALLS
             if len(tasks) % 2:
                 many(turnstile)  # turns that are left to others do not cost it its pass
             await asyncio.sleep(0)
