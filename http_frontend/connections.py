@@ -16,6 +16,8 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from engine.config import ServerConfig
+from http_frontend.auth import OPEN_PREFIXES
+from http_frontend.turnstile import Turnstile
 
 log = logging.getLogger(__name__)
 
@@ -31,19 +33,26 @@ LARGEST_REST = 1 << 20
 """Bytes of a body that are still read when its request has been answered without them."""
 SPARE_FILES = 128
 """Descriptors that are no connection's."""
+_AT_ONCE = tuple(b"GET " + path.encode() for path in (*OPEN_PREFIXES, "/ping"))
+"""How requests begin that pass by those that wait at the turnstile."""
 _SWEEP_SECONDS = 1.0
 
 
 class WatchedConnection(HttpToolsProtocol):
     """Uvicorn's connection, which notes since when its client is behind.
 
-    most: connections that may be open. head_since: when the head began that is not whole; None between a head and the
-    next. heard_at: the newest bytes. stalled_since: when the client had last read, if it does not read.
+    most: connections that may be open. turnstile: which requests pass. held: a request that waits there unread.
+    idle: what is left of those that were idle when place was last made, and when they were heard, newest first.
+    head_since: when the head began that is not whole; None between a head and the next. heard_at: the newest bytes.
+    stalled_since: when the client had last read, if it does not read.
     in_body: a head is whole, its body is not. body_bytes, frame_bytes: of that body. rest_bytes: of it, since its
     request has been answered.
     """
 
     most = 1 << 30
+    turnstile: Turnstile
+    idle: list[tuple[float, WatchedConnection]]
+    held: bytes | None = None
     head_since: float | None = None
     head_bytes = 0
     heard_at = 0.0
@@ -53,24 +62,56 @@ class WatchedConnection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.turnstile.arrived()
         transport.set_write_buffer_limits(high=WRITE_BUFFER)
         self.head_since = self.heard_at = self.loop.time()
         if len(self.connections) > self.most:
             self._make_place()
 
     def _make_place(self) -> None:
-        """Close the connection that has asked for nothing for the longest time: this one, if there is no other."""
-        idle = [one for one in self.connections if isinstance(one, WatchedConnection) and one.is_idle()]
-        oldest = min(idle, key=lambda one: one.heard_at)
-        log.warning("%d connections are open: closing the idle one of %s", len(self.connections), oldest.client)
+        """Close the connection that has asked for nothing for the longest time: this one, if there is no other.
+
+        Who opens connections in a rush closes one with each: all are looked at only when those that were idle at the
+        last look have been closed, or heard of since.
+        """
+        idle = self.idle
+        while idle:
+            heard_at, oldest = idle.pop()
+            if oldest in self.connections and oldest.heard_at == heard_at and oldest.is_idle():
+                break
+        else:
+            all_of_them = [one for one in self.connections if isinstance(one, WatchedConnection) and one.is_idle()]
+            idle += sorted(((one.heard_at, one) for one in all_of_them), key=lambda pair: pair[0], reverse=True)
+            oldest = idle.pop()[1]
+            log.warning("%d connections are open: for each new one an idle one is closed", len(self.connections))
         oldest.transport.abort()
 
     def is_idle(self) -> bool:
         """Whether no request is being answered."""
-        return self.cycle is None or self.cycle.response_complete
+        return self.held is None and (self.cycle is None or self.cycle.response_complete)
 
     def data_received(self, data: bytes) -> None:
         self.heard_at = self.loop.time()
+        goes_on = self.head_bytes > 0 or not self.is_idle()
+        if goes_on or data.startswith(_AT_ONCE) or self.turnstile.admit(self._read_held, len(data)):
+            self._read(data)
+        else:
+            self._unset_keepalive_if_required()
+            self.held = data
+            self.transport.pause_reading()
+
+    def _read_held(self) -> None:
+        """The turn of the request that waits has come, or can be waited for no longer."""
+        data, self.held = self.held, None
+        if data is not None and not self.transport.is_closing():
+            self.transport.resume_reading()
+            self._read(data)
+
+    def shutdown(self) -> None:
+        self._read_held()
+        super().shutdown()
+
+    def _read(self, data: bytes) -> None:
         in_head, in_body, body_bytes = self.head_since is not None, self.in_body, self.body_bytes
         super().data_received(data)
         if in_body and self.in_body:
@@ -155,7 +196,7 @@ async def sweep(connections: Iterable[Any], server: ServerConfig) -> None:
                 connection.transport.abort()
 
 
-def connection_class(server: ServerConfig) -> type[WatchedConnection]:
+def connection_class(server: ServerConfig, turnstile: Turnstile) -> type[WatchedConnection]:
     """The class of a server's connections, of which as many may be open as it has files for, and some that are idle
     beside each that is being answered."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -166,4 +207,4 @@ def connection_class(server: ServerConfig) -> type[WatchedConnection]:
         log.warning("of %d files that may be open (ulimit -Hn), %d may be connections", limit, most)
         if most < streams:
             log.warning("--max-open-streams %d is more than that: connections beyond are closed", streams)
-    return type("Connection", (WatchedConnection,), {"most": most})
+    return type("Connection", (WatchedConnection,), {"most": most, "turnstile": turnstile, "idle": []})

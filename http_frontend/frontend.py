@@ -31,6 +31,7 @@ from http_frontend.replay import blame
 from http_frontend.request_log import open_request_log
 from http_frontend.ring import Ring
 from http_frontend.scheduler_state import StateWatch
+from http_frontend.turnstile import Turnstile
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class Frontend:
     metrics: what is counted, whether or not `/metrics` shows it; only the times of tokens wait for --enable-metrics.
     warm: `/health` may be 200. startup_seconds: from the launch until then.
     stop_accepting: called when a drain leaves new connections to the next server.
+    turnstile: where calls that compute wait before they begin.
     epoch: the newest that the launcher has told. lost: processes that are dead and not replaced yet.
     """
 
@@ -67,6 +69,7 @@ class Frontend:
         self.metrics.epoch = run.epoch
         self.request_log = open_request_log(run.server, run.standing)
         self.watch = StateWatch(self.ring)
+        self.turnstile = Turnstile()
         self.weight_version = run.server.weight_version
         self.standing = run.standing
         self.paused = run.standing.paused
@@ -128,8 +131,15 @@ class Frontend:
 
     def check_room(self, messages: Iterable[Request]) -> None:
         """Raise the 503 of a server whose queue has no room for these."""
-        running = self.limits.result().max_running_requests if self.limits.done() else 0
-        self.journal.room.check(messages, self.run.server, running, paused=self.paused)
+        self.journal.room.check(messages, self.run.server, self._running(), paused=self.paused)
+
+    def check_any_room(self) -> None:
+        """Raise the 503 of a server whose queue has no room for the smallest call: what a call asks for need not be
+        looked at."""
+        self.journal.room.check_sizes((1,), self.run.server, self._running(), paused=self.paused)
+
+    def _running(self) -> int:
+        return self.limits.result().max_running_requests if self.limits.done() else 0
 
     def _entered(self, entry: Entry) -> None:
         """An entry has come into the journal."""

@@ -81,7 +81,10 @@ class Room:
 
     def check(self, messages: Iterable[Request], server: ServerConfig, running: int, *, paused: bool) -> None:
         """Raise the `RefusedError` of a call for which there is no room. running: requests that may run at once."""
-        sizes = [prompt_tokens(message) for message in messages]
+        self.check_sizes([prompt_tokens(message) for message in messages], server, running, paused=paused)
+
+    def check_sizes(self, sizes: Sequence[int], server: ServerConfig, running: int, *, paused: bool) -> None:
+        """`check` for a call of requests whose prompts have so many tokens."""
         most = server.max_queued_requests or QUEUED_REQUESTS
         most_tokens = server.max_queued_tokens or QUEUED_TOKENS
         if paused:  # nobody is to see an error through a pause, but it is not to take all memory either

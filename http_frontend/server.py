@@ -19,7 +19,10 @@ from engine.wire.process import fail, report_ready
 from http_frontend.app import build_app
 from http_frontend.connections import connection_class, sweep
 from http_frontend.frontend import Frontend
+from http_frontend.turnstile import ACCEPTED
 
+BACKLOG = 2048
+"""Connections that the kernel keeps until they are accepted."""
 _CLOSING_SECONDS = 5
 """Time that connections get, once nothing is in flight, to take what was sent to them."""
 
@@ -59,7 +62,10 @@ async def _serve(run: RunConfig, listener: socket.socket, context: zmq.Context[z
     config = _uvicorn_config(run.server, frontend)
     server = _Server(config, lambda: report_ready(context, run, "frontend"))
     frontend.stop_accepting = server.stop_accepting
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    # libuv accepts one connection of a socket in a turn of the loop. In a rush, a turn answers a request, and a health
+    # check would be behind hundreds of connections; so the socket is there several times.
+    listeners = [listener, *(listener.dup() for _ in range(ACCEPTED - 1))]
+    serving = asyncio.create_task(server.serve(sockets=listeners))
     sweeping = asyncio.create_task(sweep(server.server_state.connections, run.server))
     try:
         await asyncio.wait({frontend.ended, serving, sweeping}, return_when=asyncio.FIRST_COMPLETED)
@@ -79,14 +85,14 @@ def _uvicorn_config(server: ServerConfig, frontend: Frontend) -> uvicorn.Config:
     _set_up_access_log(server)
     config = uvicorn.Config(
         build_app(frontend),
-        http=connection_class(server),
+        http=connection_class(server, frontend.turnstile),
         ws="none",
         lifespan="off",
         log_config=None,
         log_level=None,
         access_log=logging.getLogger("uvicorn.access").isEnabledFor(logging.INFO),
         server_header=False,
-        backlog=2048,
+        backlog=BACKLOG,
         timeout_keep_alive=int(number("TIMEOUT_KEEP_ALIVE", 5)),
         timeout_graceful_shutdown=_CLOSING_SECONDS,
         ssl_keyfile=server.ssl_keyfile,

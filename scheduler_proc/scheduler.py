@@ -54,6 +54,10 @@ OUTRANKED = "The request is aborted by a higher priority request."
 PATIENCE = 0.01
 """Seconds between two looks at what no message tells of: the thread of a weight update, the deadline of a flush."""
 
+HEARING = 0.01
+"""Seconds after which messages that are still there wait for the next step."""
+_AT_ONCE = 32
+
 
 class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Settings of the loop.
@@ -127,10 +131,18 @@ class Scheduler:
             self._beat()
             if not self.requests or self.generation.halted:
                 self._rest()
-            for message in self.inbox.drain():
+            self.hear()
+            self.turn()
+
+    def hear(self) -> None:
+        """Carry out the messages that are there; of very many only some, since running requests wait for their step."""
+        until = time.monotonic() + HEARING
+        while messages := self.inbox.drain(_AT_ONCE):
+            for message in messages:
                 if not self.outbox.known(message):
                     self.handle(message)
-            self.turn()
+            if time.monotonic() > until:
+                break
 
     def _beat(self) -> None:
         if self.heart is not None:

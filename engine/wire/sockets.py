@@ -37,10 +37,11 @@ class Inbox(Generic[T]):
         """Block until a message is there (True) or `seconds` have passed (False); None waits forever."""
         return self._socket.poll(None if seconds is None else int(seconds * 1000)) != 0
 
-    def drain(self) -> list[T]:
-        """All messages that are there now, without waiting. Raises `WireError` on a frame that is none."""
+    def drain(self, most: int | None = None) -> list[T]:
+        """All messages that are there now, or the first `most` of them, without waiting. Raises `WireError` on a frame
+        that is none."""
         messages: list[T] = []
-        while True:
+        while most is None or len(messages) < most:
             try:
                 frame = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
@@ -49,6 +50,7 @@ class Inbox(Generic[T]):
                 messages.append(self._decoder.decode(frame))
             except msgspec.DecodeError as error:
                 raise WireError(f"a frame of {len(frame)} bytes is not a message: {error}") from error
+        return messages
 
     def close(self) -> None:
         self._socket.close(linger=0)
