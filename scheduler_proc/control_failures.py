@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from engine.wire.operation import Profile, Profiled
 from engine.wire.to_detokenizer import ToDetokenizer
 from engine.wire.to_frontend import ExpertsRecorded, Flushed, State
 from engine.wire.to_scheduler import FlushCache, QueryState, RecordExperts, ToScheduler
@@ -37,6 +38,8 @@ def failed_answers(
                     key=key, success=False, message=words, weight_version=weight_version, model_path=None, paused=paused
                 )
             ]
+        case Profile(key=key):
+            return [Profiled(key, words)]
         case ReadWeights(key):
             return [WeightRows(key, None)]
         case PauseGeneration(key) | ContinueGeneration(key):
