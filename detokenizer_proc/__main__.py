@@ -15,7 +15,7 @@ from engine.config import RunConfig, faults
 from engine.wire.board import BEATS, Heart
 from engine.wire.operation import Tune
 from engine.wire.process import arguments, begin, play, report_ready
-from engine.wire.sockets import Inbox, Outbox
+from engine.wire.sockets import Inbox, Outbox, Sender
 from engine.wire.to_detokenizer import Detokenize, StepOutput, ToDetokenizer
 from engine.wire.to_frontend import Ended, StartedOver, ToFrontend
 from engine.wire.to_scheduler import StopSeen, ToScheduler
@@ -44,25 +44,44 @@ def main() -> None:
         inbox.wait(BEATS)
         for message in inbox.drain():
             heart.beat()
-            if isinstance(message, StepOutput):
-                step, ended = decoder.decode(message)
-                if ended:
-                    attempts = dict(zip(message.keys, message.attempts, strict=True))
-                    scheduler.send(StopSeen(ended, [attempts[key] for key in ended]))
-                if step is not None:
-                    frontend.send(step)
-            elif isinstance(message, Detokenize):
-                heart.board.hold("detokenizer", message.key)
-                frontend.send(detokenized(message, tokenizer, config.facts.vocab_size))
-                heart.board.hold("detokenizer", 0)
-            elif isinstance(message, Tune):
-                tune(message)
-            else:
-                if isinstance(message, Ended):
-                    decoder.forget(message.key)
-                elif isinstance(message, StartedOver):
-                    decoder.forget_before(message.before)
-                frontend.send(message)
+            heart.board.hold("detokenizer", message.key if isinstance(message, Detokenize) else 0)
+            handle(message, decoder, tokenizer, config.facts.vocab_size, frontend, scheduler)
+            heart.board.hold("detokenizer", 0)
+
+
+def handle(
+    message: ToDetokenizer,
+    decoder: StepDecoder,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    frontend: Sender[ToFrontend],
+    scheduler: Sender[ToScheduler],
+) -> None:
+    """Carry a message out. A step that makes no sense ends the requests it names, and nothing else."""
+    if isinstance(message, StepOutput):
+        try:
+            step, ended = decoder.decode(message)
+        except Exception as error:
+            failed = decoder.fail(message, error)
+            scheduler.send(StopSeen([one.key for one in failed], [one.attempt for one in failed]))
+            for one in failed:
+                frontend.send(one)
+            return
+        if ended:
+            attempts = dict(zip(message.keys, message.attempts, strict=True))
+            scheduler.send(StopSeen(ended, [attempts[key] for key in ended]))
+        if step is not None:
+            frontend.send(step)
+    elif isinstance(message, Detokenize):
+        frontend.send(detokenized(message, tokenizer, vocab_size))
+    elif isinstance(message, Tune):
+        tune(message)
+    else:
+        if isinstance(message, Ended):
+            decoder.forget(message.key)
+        elif isinstance(message, StartedOver):
+            decoder.forget_before(message.before)
+        frontend.send(message)
 
 
 def _load(config: RunConfig) -> Tokenizer | None:

@@ -339,6 +339,11 @@ class Journal:
             except Exception as error:
                 self._break(entry, error)
 
+    def fail(self, keys: Iterable[int], error: Exception) -> None:
+        """End the entries that a message names which cannot be applied: what follows would have a gap."""
+        for entry in [self._entries[key] for key in dict.fromkeys(keys) if key in self._entries]:
+            self._break(entry, error)
+
     def _dispatch(self, entries: Iterable[Entry]) -> None:
         if self._held is not None:
             self._held += entries

@@ -34,6 +34,7 @@ from engine.wire.to_frontend import (
 from engine.wire.to_scheduler import FlushCache, QueryState, RecordExperts, StartOver
 from engine.wire.to_tokenizer import Tokenize, ToTokenizer
 from engine.wire.weights import Paused, WeightControl, WeightRows, WeightsUpdated
+from http_frontend.columns import check_text_step, check_vectors
 from http_frontend.errors import RefusedError
 from http_frontend.journal import Journal
 from http_frontend.replay import replayed
@@ -81,8 +82,7 @@ class Ring:
     on_scheduler: called after any message that the scheduler has caused. on_launcher: called with the launcher's word.
     on_weights: called with what the scheduler says of the weights and of pauses, before the call that waits for it.
     on_state: called with every state of the scheduler, whoever asked for it.
-    on_failure: called when the loop cannot go on, say with a message that cannot be applied. That is a bug: nothing can
-    be trusted any more.
+    on_failure: called when what the launcher says cannot be applied, which is a bug: nothing can be trusted any more.
     """
 
     def __init__(self, context: zmq.Context[Any], runtime_dir: str) -> None:
@@ -216,17 +216,33 @@ class Ring:
                     # An acceptance takes another way than the request's tokens and may lie behind them.
                     messages.sort(key=_is_not_acceptance)
                 for message in messages:
-                    self._apply(message)
+                    self._take(message)
         except BaseException as error:
             self.on_failure(error)
             raise
 
+    def _take(self, message: ToFrontend) -> None:
+        """Apply a message of the ring. One that makes no sense ends the requests that it names, and nothing else; but
+        what the launcher says has to be understood."""
+        try:
+            self._apply(message)
+        except Exception as error:
+            if isinstance(message, FromLauncher):
+                raise
+            log.exception("%s cannot be applied", type(message).__name__)
+            if isinstance(message, TextStep):
+                self.journal.fail([*message.keys, *(begun.key for begun in message.begun)], error)
+            elif isinstance(message, Vectors):
+                self.journal.fail(message.keys, error)
+
     def _apply(self, message: ToFrontend) -> None:
         match message:
             case TextStep():
+                check_text_step(message)
                 self.journal.text_step(message)
                 self.on_scheduler()
             case Vectors():
+                check_vectors(message)
                 self.journal.vectors(message)
                 self.on_scheduler()
             case Accepted():
@@ -239,13 +255,13 @@ class Ring:
                 Flushed() | State() | ExpertsRecorded() | WeightsUpdated() | WeightRows() | Paused()
                 | Tokenized() | Detokenized() | Profiled() | Failed()
             ):  # fmt: skip
+                asked = self.asked.get(message.key)
+                if asked is not None and not asked.future.done():
+                    asked.future.set_result(message)  # who waits goes on in a later turn of the loop
                 if isinstance(message, State):
                     self.on_state(message)
                 if isinstance(message, WeightsUpdated | Paused):
                     self.on_weights(message)
-                asked = self.asked.get(message.key)
-                if asked is not None and not asked.future.done():
-                    asked.future.set_result(message)
                 if not isinstance(message, Tokenized | Detokenized):
                     self.on_scheduler()
             case StartedOver():

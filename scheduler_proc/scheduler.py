@@ -31,6 +31,7 @@ from engine.wire.to_scheduler import (
     ToScheduler,
 )
 from engine.wire.weights import PauseGeneration, WeightControl
+from scheduler_proc.admissible import check_admissible
 from scheduler_proc.answers import Answers
 from scheduler_proc.control_failures import failed, failed_question
 from scheduler_proc.generation import Generation
@@ -67,7 +68,7 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     waiting_timeout, running_timeout: seconds, None for no limit.
     strict: an invariant that does not hold ends the process (else it is logged).
     report: the part of `/server_info` that does not change.
-    task: what the model is served for.
+    task: what the model is served for. vocab_size: token ids lie below it; None: not known.
     """
 
     eos_ids: list[int]
@@ -83,6 +84,7 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     report: dict[str, Any]
     task: Task = Task()
     max_queued_tokens: int | None = None
+    vocab_size: int | None = None
 
 
 @dataclass(slots=True)
@@ -285,6 +287,7 @@ class Scheduler:
             return
         if faults.armed:
             faults.spring("admit", np.frombuffer(admit.input_ids + admit.output_ids, "<i4"))
+        check_admissible(admit, self.settings.vocab_size, self.settings.longest)
         self.arrivals += 1
         request = new_request(admit, self.arrivals, self.settings.longest)
         self.trials.enter(request)

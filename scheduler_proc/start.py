@@ -122,6 +122,7 @@ def settings(config: RunConfig, engine: Engine, started: float) -> SchedulerSett
         report=report(config, engine, started),
         task=engine.task,
         max_queued_tokens=server.max_queued_tokens,
+        vocab_size=config.facts.vocab_size,
     )
 
 

@@ -74,7 +74,7 @@ class FakeRing:
 
     Texts (and documents) that begin with "REFUSE " are refused at the door, with "QUEUE " by the scheduler with 503,
     with "BREAK " they end in a 500 after 3 tokens, with "GARBLE " the ids of their prompts lack a byte. Everything that
-    came is in `seen`. width: of the model's vectors.
+    came is in `seen`. width: of the model's vectors. most_tokens: that a request gets, whatever it asks for.
     """
 
     def __init__(self, runtime_dir: str, step_seconds: float = 0.001, width: int = 3) -> None:
@@ -94,6 +94,7 @@ class FakeRing:
         self.weight_version = "default"
         self.state: dict[str, Any] = {"last_gen_throughput": 1.5}
         self.profiling = False
+        self.most_tokens: int | None = None
         self.launcher_seen: list[ToLauncher] = []
         self.changed = threading.Condition()
         self._outgoing: list[ToFrontend] = []
@@ -250,6 +251,8 @@ class FakeRing:
                 one.opened = True
                 begun.append(begun_of(one))
             limit = generate.sampling.max_new_tokens
+            if self.most_tokens is not None:
+                limit = min(limit or 0, self.most_tokens)
             if limit == 0:
                 asked = generate.logprobs.ids if generate.logprobs else []
                 scored = [(fake_logprob(one.prompt, token), token) for token in asked]
@@ -342,9 +345,13 @@ def live_frontend(
     pooled: PooledFacts | None = None,
     judges: bool = False,
     epoch: int = 0,
+    stderr: Any = subprocess.PIPE,
     **server: Any,
 ) -> Iterator[Live]:
-    """Start `python -m http_frontend` on an inherited listening socket, and end it by its pid."""
+    """Start `python -m http_frontend` on an inherited listening socket, and end it by its pid.
+
+    stderr: where its log goes; a pipe that nobody reads holds 64 KiB of it.
+    """
     with tempfile.TemporaryDirectory(prefix="tm") as folder:
         config_path = Path(folder) / "config.json"
         run = run_config(folder, os.getpid(), pooled=pooled, judges=judges, **server)
@@ -356,7 +363,7 @@ def live_frontend(
             [sys.executable, "-m", "http_frontend", "--config", str(config_path), "--fd", str(listener.fileno())],
             cwd=REPOSITORY,
             pass_fds=(listener.fileno(),),
-            stderr=subprocess.PIPE,
+            stderr=stderr,
         )
         listener.close()
         live = Live(ring, process, port)
