@@ -45,8 +45,10 @@ class Trials:
             self.planner.plan(plan, hopeless)
             return
         self.suspects = [r for r in self.suspects if r.trial and self.requests.get(r.key) is r]
-        if self.suspects and self._in_a_row < IN_A_ROW:
-            suspect = self.suspects[0]
+        # A suspect that may not begin before a weight update must not stand before those that the update waits for.
+        able = [r for r in self.suspects if r.begun or not self.planner.hold]
+        if able and self._in_a_row < IN_A_ROW:
+            suspect = able[0]
             self.planner.plan_alone(suspect, plan, hopeless)
             if plan or hopeless:
                 self._in_a_row += 1
