@@ -64,6 +64,8 @@ def test_files_are_the_users_alone(server: LiveServer, place: Path) -> None:
         assert started.status_code == 200, started.text
         assert client.post("/generate", json=body).status_code == 200
         assert client.post("/stop_profile", headers=BOSS).status_code == 200
+        assert client.post("/update_weight_version", json={"new_version": "2"}, headers=BOSS).status_code == 200
+        assert client.post("/slow_down", json={"forward_sleep_time": 0}, headers=BOSS).status_code == 200
     found: dict[str, int] = {}
     for path in place.rglob("*"):
         mode = stat.S_IMODE(path.lstat().st_mode)
@@ -72,6 +74,6 @@ def test_files_are_the_users_alone(server: LiveServer, place: Path) -> None:
         elif path.is_file():
             found[path.name] = mode
     names = " ".join(found)
-    for name in ("config.json", "board", "lock", "served.json", "trace.json.gz", "requests-"):
+    for name in ("config.json", "board", "lock", "served.json", "standing.json", "trace.json.gz", "requests-"):
         assert name in names, names
     assert {name: f"{mode:o}" for name, mode in found.items() if mode != 0o600} == {}
