@@ -254,11 +254,12 @@ class Frontend:
                     with_text=self.run.tokenizer is not None,
                     generates=self.run.facts.is_generation,
                 )
-            except WarmUpError:
+            except WarmUpError as error:
                 # A server on its way out aborts its warm-up too, and that is no fault.
-                if not self.draining:
-                    raise
-                return
+                if self.draining:
+                    return
+                log.critical("%s", error)  # its words are our own, which those of a traceback need not be
+                raise
         self.startup_seconds = time.time() - self.run.started_at
         self.warm = True
         self.ring.tell_warm()

@@ -11,6 +11,7 @@ from simulation import VOCABULARY, admit, expected_tokens, run_to_end, simulated
 
 from engine.wire.operation import Profile, Profiled, SlowDown
 from engine.wire.sampling import LogprobOptions
+from engine.wire.to_frontend import Failed
 from engine.wire.to_scheduler import Admit
 from scheduler_proc.profiler import Profiler
 
@@ -63,4 +64,4 @@ def test_every_profile_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Profiler, "handle", fail)
     scheduler.handle(start)
-    assert sent.others.pop() == Profiled(1, "internal error: RuntimeError: broken")
+    assert sent.others.pop() == Failed(1, "internal error: RuntimeError: broken")
