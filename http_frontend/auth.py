@@ -55,18 +55,19 @@ class ApiKeys:
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         if scope["type"] != "http" or scope["method"] == "OPTIONS":
             return self._app(scope, receive, send)
-        needed = self.needed_key(self._path_of(scope))
+        needed = key_of(self._path_of(scope), self._api_key, self._admin_key)
         if needed is None or _carries(scope, needed):
             return self._app(scope, receive, send)
         return json_response({"error": "Unauthorized"}, 401)(scope, receive, send)
 
-    def needed_key(self, path: str) -> str | None:
-        """The key that a request for `path` must carry; None when it is open."""
-        if path.startswith(OPEN_PREFIXES):
-            return None
-        if path.rstrip("/") in ADMIN_PATHS and self._admin_key is not None:
-            return self._admin_key
-        return self._api_key
+
+def key_of(path: str, api_key: str | None, admin_key: str | None) -> str | None:
+    """The one of the configured keys that a request for `path` must carry; None when it is open."""
+    if path.startswith(OPEN_PREFIXES):
+        return None
+    if path.rstrip("/") in ADMIN_PATHS and admin_key is not None:
+        return admin_key
+    return api_key
 
 
 def _carries(scope: Scope, key: str) -> bool:

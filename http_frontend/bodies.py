@@ -94,6 +94,13 @@ class GenerateBody(msgspec.Struct, kw_only=True):
     audio_data: Any = None
 
 
+def forget_inputs(body: GenerateBody) -> None:
+    """Drop what a call is not answered with: its answer may take long, and its body be large."""
+    body.text = body.input_ids = body.input_embeds = body.sampling_params = None
+    body.token_ids_logprob = body.session_params = body.custom_labels = None
+    body.image_data = body.video_data = body.audio_data = None
+
+
 class EmbedBody(msgspec.Struct, kw_only=True):
     """Body of `/encode` and `/classify`. `text` may hold pairs, each a list of two strings."""
 
@@ -189,6 +196,12 @@ MAX_DEPTH = 128
 _JSON_TYPE = re.compile(r"application/(json|[\w.!#$&^-]+\+json)\s*(;|$)", re.IGNORECASE)
 _LONG_NUMBER = re.compile(rb"[0-9]{19}")
 
+MAX_CONTAINERS = 1 << 19
+"""Lists and objects of a body, of which each takes a hundred times the bytes that it is written in. The largest call
+that there may be (65,536 items with parameters of their own) has fewer."""
+_STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+"""In linear time: one that does not end matches too."""
+
 
 class ClientGoneError(Exception):
     """The client hung up before its request was complete."""
@@ -217,11 +230,18 @@ def content_type(headers: list[tuple[bytes, bytes]]) -> str:
 
 
 def check_content_type(value: str, body: bytes) -> None:
-    """Raise the shape C refusal of a body that is not declared to be JSON, and of no body at all."""
+    """Raise the shape C refusal of a body that is not declared to be JSON, of none at all, and of one that would take
+    memory out of all proportion to its size."""
     if not body.strip():
         raise unreadable("1 validation error: Field required: the request has no body")
     if not _JSON_TYPE.match(value):
         raise unreadable(f"Content-Type must be application/json, got {value!r}: the body was not parsed as JSON")
+    if _brackets(body) > MAX_CONTAINERS and (containers := _brackets(_STRINGS.sub(b"", body))) > MAX_CONTAINERS:
+        raise unreadable(f"JSON decode error: the body has {containers} lists and objects, at most {MAX_CONTAINERS}")
+
+
+def _brackets(body: bytes) -> int:
+    return 0 if len(body) < MAX_CONTAINERS else body.count(b"[") + body.count(b"{")
 
 
 def check_json_only(value: str, body: bytes) -> None:

@@ -11,13 +11,14 @@ from typing import Any, cast
 import msgspec
 
 from engine.config.run import PooledFacts
+from http_frontend.amounts import check_count
 from http_frontend.answers import finish_reason
 from http_frontend.bodies import EMBED, EMBEDDINGS, EmbedBody, EmbeddingsBody, decode_body
 from http_frontend.errors import invalid, unreadable
 from http_frontend.items import Desk, pack_ids, packed_prompts, rids_of
 from http_frontend.journal import Entry
 from http_frontend.refusals import priority_of, refuse_adapters, refuse_media
-from http_frontend.vectors import check_count, check_dimensions, embed, numbers, pair_score, pooled_of
+from http_frontend.vectors import check_dimensions, embed, numbers, pair_score, pooled_of
 from http_frontend.whole_call import Work
 
 

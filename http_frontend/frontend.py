@@ -15,7 +15,9 @@ import zmq
 
 from engine.config import RunConfig
 from engine.config.logs import about
+from engine.config.run import note_standing
 from engine.wire.lifecycle import Drain, FromLauncher, GiveUp, Limits, Lost, Serving
+from engine.wire.operation import SlowDown, Tune
 from engine.wire.results import Finish
 from engine.wire.to_frontend import StartedOver
 from engine.wire.weights import Paused, WeightsUpdated
@@ -29,6 +31,7 @@ from http_frontend.replay import blame
 from http_frontend.request_log import open_request_log
 from http_frontend.ring import Ring
 from http_frontend.scheduler_state import StateWatch
+from http_frontend.turnstile import Turnstile
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +45,11 @@ class Frontend:
 
     ended: resolves when a drain is over, or with the error that ends the process.
     run: the launch's, with the names of the model that serves now. paused: nothing is computed for now.
+    standing: what an operator has set since, as it is noted for the processes that are started from now on.
     metrics: what is counted, whether or not `/metrics` shows it; only the times of tokens wait for --enable-metrics.
     warm: `/health` may be 200. startup_seconds: from the launch until then.
     stop_accepting: called when a drain leaves new connections to the next server.
+    turnstile: where calls that compute wait before they begin.
     epoch: the newest that the launcher has told. lost: processes that are dead and not replaced yet.
     """
 
@@ -62,10 +67,12 @@ class Frontend:
         )
         self.metrics = Metrics()
         self.metrics.epoch = run.epoch
-        self.request_log = open_request_log(run.server)
+        self.request_log = open_request_log(run.server, run.standing)
         self.watch = StateWatch(self.ring)
+        self.turnstile = Turnstile()
         self.weight_version = run.server.weight_version
-        self.paused = False
+        self.standing = run.standing
+        self.paused = run.standing.paused
         self.warm = False
         self.draining = False
         self.startup_seconds = 0.0
@@ -94,6 +101,24 @@ class Frontend:
             # What the frontend before this one has asked for concerns nobody any more.
             self.ring.start_over(None)
 
+    def keep(self, **changes: Any) -> None:
+        """Note what an operator has set (fields of `Standing`), so that no death of a process undoes it."""
+        standing = msgspec.structs.replace(self.standing, **changes)
+        if standing == self.standing:
+            return
+        self.standing = standing
+        try:
+            note_standing(self.run.runtime_dir, standing)
+        except OSError:
+            log.exception("What has been set cannot be noted, and is lost with the processes that know it")
+
+    def _tell_standing(self) -> None:
+        """A process that was loading while something was set has heard nothing of it."""
+        standing = self.standing
+        if standing.log_level is not None or standing.gc_frozen:
+            self.ring.tell(Tune(log_level=standing.log_level, freeze_gc=standing.gc_frozen))
+        self.ring.tell(SlowDown(standing.step_sleep))
+
     @property
     def up(self) -> bool:
         """Ready to work, whole, and not about to leave."""
@@ -106,8 +131,15 @@ class Frontend:
 
     def check_room(self, messages: Iterable[Request]) -> None:
         """Raise the 503 of a server whose queue has no room for these."""
-        running = self.limits.result().max_running_requests if self.limits.done() else 0
-        self.journal.room.check(messages, self.run.server, running, paused=self.paused)
+        self.journal.room.check(messages, self.run.server, self._running(), paused=self.paused)
+
+    def check_any_room(self) -> None:
+        """Raise the 503 of a server whose queue has no room for the smallest call: what a call asks for need not be
+        looked at."""
+        self.journal.room.check_sizes((1,), self.run.server, self._running(), paused=self.paused)
+
+    def _running(self) -> int:
+        return self.limits.result().max_running_requests if self.limits.done() else 0
 
     def _entered(self, entry: Entry) -> None:
         """An entry has come into the journal."""
@@ -141,6 +173,7 @@ class Frontend:
     def _weights(self, message: WeightsUpdated | Paused | StartedOver) -> None:
         """After an update the model goes by its new name everywhere; the tokenizer is the launch's all along."""
         self.paused = message.paused
+        self.keep(paused=message.paused)
         if isinstance(message, Paused):
             return
         self.weight_version = message.weight_version
@@ -177,6 +210,8 @@ class Frontend:
             self._go_on()
         if not self.limits.done():
             self.limits.set_result(message.limits)
+            if self.reborn:
+                self._tell_standing()
             self._spawn(self._warm_up())
 
     def _lost(self, message: Lost) -> None:
@@ -187,8 +222,7 @@ class Frontend:
         self.lost.add(message.process)
         count_restart(self.metrics, message.process, message.epoch)
         self.ring.hold()
-        if message.process == "scheduler":
-            blame(self.journal, message)
+        blame(self.journal, self.ring.asked, message)
         log.warning("the %s is lost: %d requests wait for another", message.process, len(self.journal))
         # Health checks that wait for a sign of life have their answer: 503.
         self.pulse.wake()
@@ -198,6 +232,7 @@ class Frontend:
         self.ring.start_over(self.paused if "scheduler" in self.lost else None)
         self.lost.clear()
         replays = self.ring.release()
+        self._tell_standing()
         count_replays(self.metrics, replays)
         log.info("whole again: %d requests were sent anew", replays)
 
@@ -219,11 +254,12 @@ class Frontend:
                     with_text=self.run.tokenizer is not None,
                     generates=self.run.facts.is_generation,
                 )
-            except WarmUpError:
+            except WarmUpError as error:
                 # A server on its way out aborts its warm-up too, and that is no fault.
-                if not self.draining:
-                    raise
-                return
+                if self.draining:
+                    return
+                log.critical("%s", error)  # its words are our own, which those of a traceback need not be
+                raise
         self.startup_seconds = time.time() - self.run.started_at
         self.warm = True
         self.ring.tell_warm()
@@ -237,10 +273,13 @@ class Frontend:
         # Health checks that wait for a sign of life have their answer: 503.
         self.pulse.wake()
         log.info("draining: %d requests in flight, at most %g s", len(self.journal), message.timeout)
+        until = self.loop.time() + message.timeout
         if not await self._idle_within(message.timeout):
             log.warning("aborting %d requests that did not finish in time", len(self.journal))
             self.journal.abort(self.journal.match(None))
             await self._idle_within(_ANSWER_GRACE)
+        await self.ring.answered_within(max(0.0, until - self.loop.time()))
+        self.ring.fail_questions(RefusedError("D", "The server is shutting down.", 503))
         self.journal.end_all(_ABORTED)
         if not self.ended.done():
             self.ended.set_result(None)

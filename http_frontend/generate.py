@@ -16,6 +16,7 @@ from http_frontend.bodies import (
     check_content_type,
     content_type,
     find_wide_integer,
+    forget_inputs,
     read_body,
 )
 from http_frontend.broken_answers import end_broken, send_broken
@@ -59,6 +60,7 @@ class GenerateEndpoint:
             body = await read_body(receive)
         except ClientGoneError:
             return
+        await self._frontend.turnstile.enter()
         count_body(self._frontend.metrics, len(body))
         try:
             self._frontend.check_open()
@@ -68,12 +70,15 @@ class GenerateEndpoint:
             await error_response(refused)(scope, receive, send)
             return
         try:
+            self._frontend.check_any_room()
             check_timeout(request.timeout)
             plan = plan_call(request, self._frontend.desk)
             self._frontend.check_room([item.generate for item in plan.items])
         except RefusedError as refused:
             await self._refuse(refused, request, scope, receive, send)
             return
+        forget_inputs(request)
+        del body
         await self._run(plan, request, scope, receive, send)
 
     async def _refuse(

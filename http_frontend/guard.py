@@ -16,6 +16,9 @@ from http_frontend.errors import RefusedError, error_response
 
 BODIES = 8
 """The bodies of all calls that are being answered may come to so many times --max-body-bytes."""
+SMALL_BODY = 64 << 10
+"""Bytes that are counted as soon as they are declared. Of a larger body those count that have come: to declare much and
+send nothing would take everybody else's place."""
 _READ_ONLY = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
@@ -34,33 +37,39 @@ class Guard:
         self.held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] in _READ_ONLY:
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        counts = scope["method"] not in _READ_ONLY
         body = _Body(self, receive)
         declared = _declared_length(scope)
         try:
-            if _is_limited(self._path_of(scope)) and self.calls >= self._most_calls:
+            if counts and _is_limited(self._path_of(scope)) and self.calls >= self._most_calls:
                 raise RefusedError(
                     "D", f"The server answers {self._most_calls} calls at once, and as many are open.", 503
                 )
             if declared is not None:
-                body.take(declared)
+                self.check_size(declared)
+                if declared <= SMALL_BODY:
+                    body.take(declared)
         except RefusedError as refused:
             body.free()
             await error_response(refused)(scope, receive, send)
             return
-        self.calls += 1
+        self.calls += counts
         try:
-            await self._app(scope, receive if declared is not None else body.receive, send)
+            await self._app(scope, receive if body.size == declared else body.receive, send)
         finally:
-            self.calls -= 1
+            self.calls -= counts
             body.free()
 
-    def reserve(self, size: int, total: int) -> None:
-        """Room for `size` more bytes of a body that has `total` then. Raises `RefusedError`."""
+    def check_size(self, total: int) -> None:
+        """Raise the `RefusedError` of a body of `total` bytes that is too large."""
         if total > self._largest:
             raise RefusedError("D", f"The body has more than {self._largest} bytes, the most that are accepted.", 413)
+
+    def reserve(self, size: int) -> None:
+        """Room for `size` more bytes. Raises `RefusedError`."""
         if self.held + size > BODIES * self._largest:
             raise RefusedError("D", "The bodies of the requests in flight take all the memory that is for them.", 503)
         self.held += size
@@ -72,15 +81,16 @@ class _Body:
     def __init__(self, guard: Guard, receive: Receive) -> None:
         self._guard = guard
         self._receive = receive
-        self._size = 0
+        self.size = 0
 
     def take(self, size: int) -> None:
-        self._guard.reserve(size, self._size + size)
-        self._size += size
+        self._guard.check_size(self.size + size)
+        self._guard.reserve(size)
+        self.size += size
 
     def free(self) -> None:
-        self._guard.held -= self._size
-        self._size = 0
+        self._guard.held -= self.size
+        self.size = 0
 
     async def receive(self) -> Message:
         message = await self._receive()

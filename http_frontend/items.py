@@ -15,13 +15,11 @@ import msgspec
 from engine.config import RunConfig
 from engine.wire.sampling import LogprobOptions, TextOptions
 from engine.wire.to_tokenizer import Generate
+from http_frontend.amounts import MAX_ITEMS, check_entries, check_repeated, check_rids
 from http_frontend.bodies import GenerateBody, Ids, SamplingBody
 from http_frontend.defaults import Asked, ask, sample_seed
 from http_frontend.errors import invalid, unreadable
 from http_frontend.refusals import check_features, priority_of
-
-MAX_ITEMS = 65536
-"""Most items of one call (prompts times samples), so that no call can take all memory."""
 
 _INT64 = 2**63
 
@@ -67,6 +65,11 @@ class _Prompt:
     text: str | None
     input_ids: bytes | None
 
+    @property
+    def longest(self) -> int:
+        """The most tokens that it may have, but for special ones: a token has a character at least."""
+        return len(self.text or "") if self.input_ids is None else len(self.input_ids) // 4
+
 
 def plan_call(body: GenerateBody, desk: Desk) -> Plan:
     """Split `body` into items. Raises `RefusedError` for what the frontend can see is wrong (contract §2.3)."""
@@ -87,8 +90,10 @@ def plan_call(body: GenerateBody, desk: Desk) -> Plan:
         raise invalid(f"a call may have at most {MAX_ITEMS} items, got {size} prompts times n={n}.")
     if n > 1:
         _refuse_lists(body)
+    check_repeated(body, size, n)
     rids = rids_of(body.rid, size, batched, desk if n == 1 else None)
     logprobs = _logprobs(body, size, batched)
+    _check_answer(prompts, asked, logprobs, desk)
     extra_keys = _extra_keys(body, size)
     priority = priority_of(body.priority, desk.run.server)
 
@@ -116,6 +121,19 @@ def plan_call(body: GenerateBody, desk: Desk) -> Plan:
         if n > 1:
             warmers.append(_warmer(items[-1].generate, desk.next_key()))
     return Plan(items, warmers, n, batched or n > 1)
+
+
+def _check_answer(
+    prompts: list[_Prompt], asked: list[Asked], logprobs: list[LogprobOptions | None], desk: Desk
+) -> None:
+    """Raise `RefusedError` for logprobs that no answer could hold. Those of a single item are the tokenizer's business,
+    which knows its prompt."""
+    if len(prompts) * asked[0].n == 1 or not any(logprobs):
+        return
+    facts = desk.run.facts
+    rows = zip(prompts, asked, logprobs, strict=True)
+    wanted = ((one.sampling, options, prompt.longest) for prompt, one, options in rows for _ in range(one.n))
+    check_entries(wanted, facts.context_length, facts.vocab_size)
 
 
 def pack_ids(ids: list[int], vocab_size: int) -> bytes:
@@ -209,6 +227,7 @@ def rids_of(given: str | list[str] | None, size: int, batched: bool, desk: Desk 
     """The rids that the client gave, one a prompt; `desk` is None when they will not be the items' own."""
     if given is None:
         return [None] * size
+    check_rids([given] if isinstance(given, str) else given)
     if isinstance(given, str):
         rids = [f"{given}_{i}" for i in range(size)] if batched else [given]
     else:
@@ -243,5 +262,10 @@ def _logprobs(body: GenerateBody, size: int, batched: bool) -> list[LogprobOptio
 
 def _extra_keys(body: GenerateBody, size: int) -> list[str | None]:
     """`extra_key` and `cache_salt` as one key, so that no two different pairs are equal."""
-    pairs = zip(_spread("extra_key", body.extra_key, size), _spread("cache_salt", body.cache_salt, size), strict=True)
-    return [msgspec.json.encode([extra or "", salt or ""]).decode() if extra or salt else None for extra, salt in pairs]
+    extras, salts = _spread("extra_key", body.extra_key, size), _spread("cache_salt", body.cache_salt, size)
+    pairs = list(zip(extras, salts, strict=True))
+    joined: dict[tuple[str | None, str | None], str | None] = {}
+    for extra, salt in pairs:
+        if (extra, salt) not in joined:
+            joined[extra, salt] = msgspec.json.encode([extra or "", salt or ""]).decode() if extra or salt else None
+    return [joined[pair] for pair in pairs]

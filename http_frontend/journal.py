@@ -48,8 +48,8 @@ class Entry:
     probe: the server's own request (health, warm-up), which no client can see or abort.
     followers: entries that are sent once this one has ended well.
     aborted: the scheduler was asked to end it. deaths: of the scheduler, while it was in flight; trials: those of them
-    at which it was on trial. suspect: what the scheduler is told of it. replays: how often it was sent again.
-    earlier_retractions: of earlier attempts.
+    at which it was on trial. strikes: deaths of the tokenizer or the detokenizer that had it in hand. suspect: what the
+    scheduler is told of it. replays: how often it was sent again. earlier_retractions: of earlier attempts.
     queued_tokens: prompt tokens that `Room` counts for it.
     arrived, accepted_at, admitted_at, first_at, finished: when it came here, left the tokenizer, was begun by the
     scheduler, had its first output here, ended (`time.perf_counter()`; 0.0: not yet). replayed: each of its replays.
@@ -61,7 +61,7 @@ class Entry:
         "earlier_retractions", "finish", "finished", "first_at", "followers", "hidden", "index", "input_logprobs",
         "key", "last_token", "logprob_texts", "logprobs", "message", "notify", "origin", "output_ids", "probe",
         "prompt_ids", "prompt_tokens", "queued_tokens", "quiet", "replayed", "replays", "retractions", "sent",
-        "suspect", "texts", "trials", "vector", "weight_version",
+        "strikes", "suspect", "texts", "trials", "vector", "weight_version",
     )  # fmt: skip
 
     def __init__(
@@ -85,11 +85,7 @@ class Entry:
         self.followers: list[Entry] = []
         self.sent = False
         self.aborted = False
-        self.deaths = 0
-        self.trials = 0
-        self.suspect = 0
-        self.replays = 0
-        self.earlier_retractions = 0
+        self.deaths = self.trials = self.strikes = self.suspect = self.replays = self.earlier_retractions = 0
         self.arrived = time.perf_counter()
         self.accepted_at = self.admitted_at = self.first_at = self.last_token = self.finished = 0.0
         self.replayed: tuple[float, ...] = ()
@@ -342,6 +338,11 @@ class Journal:
                 self._end(entry, _ANSWERED, "scheduler")
             except Exception as error:
                 self._break(entry, error)
+
+    def fail(self, keys: Iterable[int], error: Exception) -> None:
+        """End the entries that a message names which cannot be applied: what follows would have a gap."""
+        for entry in [self._entries[key] for key in dict.fromkeys(keys) if key in self._entries]:
+            self._break(entry, error)
 
     def _dispatch(self, entries: Iterable[Entry]) -> None:
         if self._held is not None:

@@ -15,7 +15,8 @@ from http_frontend.errors import invalid, json_response, unreadable
 from http_frontend.frontend import Frontend
 from http_frontend.info import API_VERSION
 
-_SECTIONS = ("core", "memory", "spec", "lora", "disagg", "queues", "all")
+SECTIONS = ("core", "memory", "spec", "lora", "disagg", "queues", "all")
+FORMATS = ("json", "prometheus")
 _PATIENCE = 0.25
 """Seconds that the scheduler gets to say how things stand now; after that its last word holds."""
 
@@ -69,8 +70,8 @@ class Loads:
         query = request.query_params
         sections = _sections(query.get("include") or "all")
         form = query.get("format") or "json"
-        if form not in ("json", "prometheus"):
-            raise unreadable(f"1 validation error: format must be json or prometheus, got {form!r}")
+        if form not in FORMATS:
+            raise unreadable(f"1 validation error: format must be {' or '.join(FORMATS)}, got {form!r}")
         _check_rank(query.get("dp_rank"))
         # Shielded: that one waiter leaves must not cancel what all wait for.
         await asyncio.shield(self._frontend.limits)
@@ -117,10 +118,10 @@ class Loads:
 
 def _sections(words: str) -> set[str]:
     asked = {word.strip() for word in words.split(",") if word.strip()}
-    unknown = sorted(asked - set(_SECTIONS))
+    unknown = sorted(asked - set(SECTIONS))
     if unknown:
-        raise unreadable(f"1 validation error: include must be of {', '.join(_SECTIONS)}, got {unknown[0]!r}")
-    return set(_SECTIONS) if "all" in asked else asked
+        raise unreadable(f"1 validation error: include must be of {', '.join(SECTIONS)}, got {unknown[0]!r}")
+    return set(SECTIONS) if "all" in asked else asked
 
 
 def _check_rank(word: str | None) -> None:

@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from engine.config.environment import setting
 from engine.config.logs import set_level
-from engine.wire.operation import Profile, Profiled, SlowDown, Tune
+from engine.wire.operation import MOST_SLEEP, Profile, Profiled, SlowDown, Tune
 from engine.wire.tuning import tune
 from http_frontend.bodies import check_content_type, decode_body
 from http_frontend.errors import invalid, json_response, text_response, unreadable
@@ -26,9 +26,8 @@ log = logging.getLogger(__name__)
 B = TypeVar("B")
 
 _LEVELS = ("critical", "error", "warning", "info", "debug")
-_ACTIVITIES = ("CPU", "GPU", "MEM", "CUDA_PROFILER", "RPD")
+_ACTIVITIES = ("CPU", "GPU", "MEM", "CUDAPROFILER", "RPD")
 _THRESHOLDS = ("speculative_accept_threshold_single", "speculative_accept_threshold_acc")
-_MOST_SLEEP = 60.0
 
 
 class LoggingBody(msgspec.Struct, kw_only=True):
@@ -63,10 +62,10 @@ class InternalStateBody(msgspec.Struct, kw_only=True):
     server_args: dict[str, Any]
 
 
-_LOGGING = msgspec.json.Decoder(LoggingBody, strict=False)
-_PROFILE = msgspec.json.Decoder(ProfileBody, strict=False)
-_SLOW_DOWN = msgspec.json.Decoder(SlowDownBody, strict=False)
-_INTERNAL_STATE = msgspec.json.Decoder(InternalStateBody, strict=False)
+LOGGING = msgspec.json.Decoder(LoggingBody, strict=False)
+PROFILE = msgspec.json.Decoder(ProfileBody, strict=False)
+SLOW_DOWN = msgspec.json.Decoder(SlowDownBody, strict=False)
+INTERNAL_STATE = msgspec.json.Decoder(InternalStateBody, strict=False)
 
 
 class Operation:
@@ -76,7 +75,7 @@ class Operation:
         self._frontend = frontend
 
     async def configure_logging(self, request: Request) -> Response:
-        asked = await _body(request, _LOGGING)
+        asked = await _body(request, LOGGING)
         requests = self._frontend.request_log
         level = None if asked.log_level is None else asked.log_level.lower()
         if level is not None and level not in _LEVELS:
@@ -85,12 +84,16 @@ class Operation:
             raise invalid(f"log_requests_level must be in [0, 3], got {asked.log_requests_level}.")
         if asked.log_requests_format not in (None, "text", "json"):
             raise invalid(f"log_requests_format must be text or json, got {asked.log_requests_format!r}.")
-        if level is not None:
-            set_level(level)
-            self._frontend.ring.tell(Tune(log_level=level))
         requests.on = requests.on if asked.log_requests is None else asked.log_requests
         requests.level = requests.level if asked.log_requests_level is None else asked.log_requests_level
         requests.form = asked.log_requests_format or requests.form
+        self._frontend.keep(
+            log_level=level or self._frontend.standing.log_level, log_requests=requests.on,
+            log_requests_level=requests.level, log_requests_format=requests.form,
+        )  # fmt: skip
+        if level is not None:
+            set_level(level)
+            self._frontend.ring.tell(Tune(log_level=level))
         for name in ("dump_requests_folder", "dump_requests_threshold", "crash_dump_folder"):
             if getattr(asked, name) is not None:
                 log.warning("configure_logging: %s has no effect: requests are not dumped", name)
@@ -101,7 +104,7 @@ class Operation:
         return Response(status_code=200)
 
     async def start_profile(self, request: Request) -> Response:
-        asked = await _body(request, _PROFILE, needed=False)
+        asked = await _body(request, PROFILE, needed=False)
         for name in ("num_steps", "start_step"):
             value = getattr(asked, name)
             if value is not None and value < 1:
@@ -112,7 +115,7 @@ class Operation:
         name = "-".join(filter(None, [asked.profile_prefix, asked.profile_id or f"{time.time():.3f}"]))
         if not re.fullmatch(r"[\w.-]{1,200}", name) or name.startswith("."):
             raise invalid(f"profile_prefix and profile_id may have letters, digits, '_', '.' and '-', got {name!r}.")
-        folder = asked.output_dir or setting("TORCH_PROFILER_DIR") or "/tmp"
+        folder = asked.output_dir or setting("TORCHPROFILER_DIR") or "/tmp"
         await self._profile(
             Profile(
                 key=self._frontend.ring.next_key(), action="start", folder=folder, name=name,
@@ -133,18 +136,20 @@ class Operation:
     async def freeze_gc(self, _request: Request) -> Response:
         message = Tune(freeze_gc=True)
         tune(message)
+        self._frontend.keep(gc_frozen=True)
         self._frontend.ring.tell(message)
         return text_response("Garbage collection frozen.\n")
 
     async def slow_down(self, request: Request) -> Response:
-        seconds = (await _body(request, _SLOW_DOWN)).forward_sleep_time or 0.0
-        if not 0 <= seconds <= _MOST_SLEEP or not math.isfinite(seconds):
-            raise invalid(f"forward_sleep_time must be in [0, {_MOST_SLEEP:g}] seconds, got {seconds}.")
+        seconds = (await _body(request, SLOW_DOWN)).forward_sleep_time or 0.0
+        if not 0 <= seconds <= MOST_SLEEP or not math.isfinite(seconds):
+            raise invalid(f"forward_sleep_time must be in [0, {MOST_SLEEP:g}] seconds, got {seconds}.")
+        self._frontend.keep(step_sleep=seconds)
         self._frontend.ring.tell(SlowDown(seconds))
         return json_response(None)
 
     async def set_internal_state(self, request: Request) -> Response:
-        given = (await _body(request, _INTERNAL_STATE)).server_args
+        given = (await _body(request, INTERNAL_STATE)).server_args
         limits = self._frontend.limits
         most = limits.result().max_running_requests if limits.done() else 1
         good = all(_settable(name, value, most) for name, value in given.items())

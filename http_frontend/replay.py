@@ -4,27 +4,70 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Protocol
 
 import msgspec
 
 from engine.wire.lifecycle import Lost
 from engine.wire.results import Finish
 from engine.wire.to_tokenizer import Generate
+from http_frontend.errors import RefusedError
 from http_frontend.journal import Entry, Journal, Request
 from http_frontend.timeline import mark_replay
 
 log = logging.getLogger(__name__)
 
+_NOT_AGAIN = "deaths of the scheduler and is not tried again."
 MOST_DEATHS = 3
 """A request in flight at so many deaths of the scheduler, none of which is known to be due to another, is given up."""
 MOST_UNCERTAIN_TRIALS = 2
 """At so many deaths by SIGKILL, which may come from outside, a request may be on trial."""
 
 
-def blame(journal: Journal, lost: Lost) -> None:
-    """After a death of the scheduler: end the request that has caused it, if that is known, or those that were there
-    too often; note it of the others."""
+MOST_STRIKES, MOST_UNCERTAIN_STRIKES = 2, 3
+"""So many deaths of the tokenizer, or the detokenizer, that had it in hand end a request or a question; the second
+number where the last one may have come from outside."""
+
+
+class Question(Protocol):
+    """A question without an answer (`http_frontend/ring.py`)."""
+
+    sent: bool
+    deaths: int
+    strikes: int
+
+    @property
+    def for_scheduler(self) -> bool: ...
+
+    def fail(self, error: Exception) -> None: ...
+
+
+def blame(journal: Journal, asked: Mapping[int, Question], lost: Lost) -> None:
+    """After the death of a process: end the request, or the question, that has caused it, if that is known, or those
+    that were there too often; note it of the others."""
+    if lost.process == "scheduler":
+        _blame_for_step(journal, lost)
+        for question in [one for one in asked.values() if one.sent and one.for_scheduler]:
+            question.deaths += 1
+            if question.deaths >= MOST_DEATHS:
+                question.fail(RefusedError("A", f"This was asked at {question.deaths} {_NOT_AGAIN}", 500))
+        return
+    culprit = asked.get(lost.suspect or 0) or journal.entry(lost.suspect or 0)
+    if culprit is None:
+        return
+    culprit.strikes += 1
+    if culprit.strikes < (MOST_STRIKES if lost.certain else MOST_UNCERTAIN_STRIKES):
+        return
+    words = f"was in the hands of the {lost.process} at {culprit.strikes} of its deaths and is not tried again."
+    if isinstance(culprit, Entry):
+        _end(journal, culprit, f"Request {culprit.message.rid} {words}")
+    else:
+        log.error("A call %s", words)
+        culprit.fail(RefusedError("A", f"This {words}", 500))
+
+
+def _blame_for_step(journal: Journal, lost: Lost) -> None:
     culprit = None if lost.suspect is None else journal.entry(lost.suspect)
     if lost.suspect is not None:
         if culprit is None:
@@ -45,9 +88,10 @@ def blame(journal: Journal, lost: Lost) -> None:
 
 
 def _give_up(journal: Journal, entry: Entry) -> None:
-    message = (
-        f"Request {entry.message.rid} was in flight at {entry.deaths} deaths of the scheduler and is not tried again."
-    )
+    _end(journal, entry, f"Request {entry.message.rid} was in flight at {entry.deaths} {_NOT_AGAIN}")
+
+
+def _end(journal: Journal, entry: Entry, message: str) -> None:
     log.error(message)
     journal.end(entry, Finish("abort", message=message, status=500))
 

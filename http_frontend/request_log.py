@@ -16,7 +16,8 @@ import msgspec
 
 from engine.config import ConfigError, ServerConfig
 from engine.config.environment import number
-from engine.config.logs import about, formatter, timestamp
+from engine.config.logs import about, formatter, printable, timestamp
+from engine.config.run import Standing
 from engine.wire.to_tokenizer import Embed, Generate, Judge
 from http_frontend.journal import Entry, Request
 
@@ -59,12 +60,16 @@ class RequestLog:
         self.logger.info("%s: rid=%s, %s", word, rid, ", ".join(parts), extra=about(rid))
 
 
-def open_request_log(server: ServerConfig) -> RequestLog:
-    """The log as the launch wants it. Raises ConfigError for a folder that cannot be written to."""
+def open_request_log(server: ServerConfig, standing: Standing) -> RequestLog:
+    """The log as the launch wants it, or an operator since.
+
+    Raises ConfigError for a folder that cannot be written to.
+    """
+    level = standing.log_requests_level
     log = RequestLog(
-        on=server.log_requests,
-        level=server.log_requests_level,
-        form=server.log_requests_format,
+        on=server.log_requests if standing.log_requests is None else standing.log_requests,
+        level=server.log_requests_level if level is None else level,
+        form=standing.log_requests_format or server.log_requests_format,
         slower_than=max(0.0, number("LOG_REQUEST_EXCEEDED_MS", -1.0) / 1000),
     )
     log.logger.propagate = False
@@ -123,7 +128,7 @@ class _Lines(logging.Formatter):
         self._other = other
 
     def format(self, record: logging.LogRecord) -> str:
-        return record.getMessage() if getattr(record, "whole_line", False) else self._other.format(record)
+        return printable(record.getMessage()) if getattr(record, "whole_line", False) else self._other.format(record)
 
 
 class _PrivateFile(RotatingFileHandler):

@@ -13,12 +13,13 @@ from typing import Any
 import msgspec
 
 from engine.wire.to_tokenizer import Judge
+from http_frontend.amounts import check_copies, check_count
 from http_frontend.bodies import RERANK, RerankBody, decode_body
 from http_frontend.errors import invalid, unreadable
 from http_frontend.items import Desk
 from http_frontend.journal import Entry, Request
 from http_frontend.refusals import priority_of
-from http_frontend.vectors import check_copies, check_count, embed, new_rid, pair_score, pooled_of, sigmoid
+from http_frontend.vectors import embed, new_rid, pair_score, pooled_of, sigmoid
 from http_frontend.whole_call import Work
 
 
@@ -53,6 +54,7 @@ def _check(asked: RerankBody) -> None:
             raise invalid("Each document cannot be empty or whitespace only")
     check_count("documents", len(asked.documents))
     check_copies("query", len(asked.query), len(asked.documents))
+    check_copies("instruct", len(asked.instruct or ""), len(asked.documents))
 
 
 def _paired(asked: RerankBody, desk: Desk) -> tuple[list[Request], Callable[[Entry], float]]:

@@ -6,10 +6,12 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import zmq
 
+from engine.config import faults
 from engine.wire.board import BEATS, Heart
 from engine.wire.lifecycle import Drain, FromLauncher, GiveUp, Lost, Serving, ToLauncher, Warm
 from engine.wire.operation import Profile, Profiled, SlowDown, Tune
@@ -20,6 +22,7 @@ from engine.wire.to_frontend import (
     Detokenized,
     Ended,
     ExpertsRecorded,
+    Failed,
     Flushed,
     StartedOver,
     State,
@@ -31,26 +34,55 @@ from engine.wire.to_frontend import (
 from engine.wire.to_scheduler import FlushCache, QueryState, RecordExperts, StartOver
 from engine.wire.to_tokenizer import Tokenize, ToTokenizer
 from engine.wire.weights import Paused, WeightControl, WeightRows, WeightsUpdated
+from http_frontend.columns import check_text_step, check_vectors
+from http_frontend.errors import RefusedError
 from http_frontend.journal import Journal
 from http_frontend.replay import replayed
 
 log = logging.getLogger(__name__)
 
-Answer = Flushed | State | ExpertsRecorded | WeightsUpdated | WeightRows | Paused | Tokenized | Detokenized | Profiled
-Question = Tokenize | FlushCache | QueryState | RecordExperts | WeightControl | Detokenize | Profile
+SchedulerQuestion = FlushCache | QueryState | RecordExperts | WeightControl | Profile
+Question = Tokenize | Detokenize | SchedulerQuestion
+Answer = (
+    Flushed | State | ExpertsRecorded | WeightsUpdated | WeightRows | Paused | Tokenized | Detokenized | Profiled
+    | Failed
+)  # fmt: skip
 _KEYS_OF_A_LIFE = 1 << 30
 """More than any frontend gives."""
 
 A = TypeVar("A", bound=Answer)
 
 
+@dataclass(slots=True)
+class Asked:
+    """A question without an answer. sent: it is on its way, or was lost with a process.
+
+    deaths: of the scheduler, while it was sent. strikes: of the tokenizer or the detokenizer, with it in hand.
+    """
+
+    question: Question
+    future: asyncio.Future[Answer]
+    sent: bool = False
+    deaths: int = 0
+    strikes: int = 0
+
+    @property
+    def for_scheduler(self) -> bool:
+        return isinstance(self.question, SchedulerQuestion)
+
+    def fail(self, error: Exception) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
+
+
 class Ring:
     """All sockets of the frontend. To be made and used on one event loop.
 
+    asked: questions without an answer, by key.
     on_scheduler: called after any message that the scheduler has caused. on_launcher: called with the launcher's word.
     on_weights: called with what the scheduler says of the weights and of pauses, before the call that waits for it.
     on_state: called with every state of the scheduler, whoever asked for it.
-    on_failure: called when a message cannot be read or applied, which is a bug: nothing can be trusted any more.
+    on_failure: called when what the launcher says cannot be applied, which is a bug: nothing can be trusted any more.
     """
 
     def __init__(self, context: zmq.Context[Any], runtime_dir: str) -> None:
@@ -58,7 +90,7 @@ class Ring:
         self._tokenizer: Outbox[ToTokenizer] = Outbox(context, runtime_dir, "tokenizer")
         self._detokenizer: Outbox[ToDetokenizer] = Outbox(context, runtime_dir, "detokenizer")
         self._launcher: Outbox[ToLauncher] = Outbox(context, runtime_dir, "launcher")
-        self._waiting: dict[int, tuple[Question, asyncio.Future[Answer]]] = {}
+        self.asked: dict[int, Asked] = {}
         self._held = False
         self._heart = Heart(runtime_dir, "frontend")
         # Keys must not repeat even when this process has died and come back: the other processes remember the old. Nor
@@ -117,17 +149,24 @@ class Ring:
         """
         self._held = False
         lost, fresh = self.journal.release()
-        questions = [question for question, future in self._waiting.values() if not future.done()]
-        messages = [*replayed(lost), *(entry.message for entry in fresh), *questions]
+        asked = [one for one in self.asked.values() if not one.future.done()]
+        for one in asked:
+            one.sent = True
+        messages = [*replayed(lost), *(entry.message for entry in fresh), *(one.question for one in asked)]
         for message in sorted(messages, key=lambda message: message.key):  # keys grow: in the order of asking
             self._send(message)
         return len(lost)
 
+    async def answered_within(self, seconds: float) -> None:
+        """Wait until every question has its answer, at most so long. A profile may wait for steps that never come."""
+        waiting = [one.future for one in self.asked.values() if not isinstance(one.question, Profile)]
+        if waiting:
+            await asyncio.wait(waiting, timeout=seconds)
+
     def fail_questions(self, error: Exception) -> None:
         """Answer every question that waits with `error`."""
-        for _, future in self._waiting.values():
-            if not future.done():
-                future.set_exception(error)
+        for one in self.asked.values():
+            one.fail(error)
 
     def _send(self, message: ToTokenizer | Detokenize) -> None:
         if isinstance(message, Detokenize):
@@ -136,23 +175,36 @@ class Ring:
             self._tokenizer.send(message)
 
     def _beat(self) -> None:
-        self._heart.beat()
+        try:
+            self._heart.beat()
+            if faults.armed:
+                faults.spring_in_loop("frontend")
+        except BaseException as error:
+            self.on_failure(error)
+            raise
         self._beating = self._loop.call_later(BEATS / 2, self._beat)
 
     def tell(self, message: Tune | SlowDown) -> None:
-        """Send a control message that nobody answers."""
-        self._tokenizer.send(message)
+        """Send a control message that nobody answers. While a process is lost it is left out: what has been set is
+        told again to all (`Frontend.keep`) once they are there."""
+        if not self._held:
+            self._tokenizer.send(message)
 
     async def ask(self, message: Question, answer: type[A]) -> A:
-        """Send a control message and wait for its answer, as long as it takes."""
+        """Send a control message and wait for its answer, as long as it takes.
+
+        Raises RefusedError (500) when the scheduler has failed to carry it out.
+        """
         future: asyncio.Future[Answer] = self._loop.create_future()
-        self._waiting[message.key] = message, future
+        self.asked[message.key] = Asked(message, future, sent=not self._held)
         try:
             if not self._held:
                 self._send(message)
             reply = await future
         finally:
-            del self._waiting[message.key]
+            del self.asked[message.key]
+        if isinstance(reply, Failed):
+            raise RefusedError("A", reply.message, 500)
         if not isinstance(reply, answer):
             raise TypeError(f"{type(message).__name__} was answered by {type(reply).__name__}")
         return reply
@@ -164,17 +216,33 @@ class Ring:
                     # An acceptance takes another way than the request's tokens and may lie behind them.
                     messages.sort(key=_is_not_acceptance)
                 for message in messages:
-                    self._apply(message)
+                    self._take(message)
         except BaseException as error:
             self.on_failure(error)
             raise
 
+    def _take(self, message: ToFrontend) -> None:
+        """Apply a message of the ring. One that makes no sense ends the requests that it names, and nothing else; but
+        what the launcher says has to be understood."""
+        try:
+            self._apply(message)
+        except Exception as error:
+            if isinstance(message, FromLauncher):
+                raise
+            log.exception("%s cannot be applied", type(message).__name__)
+            if isinstance(message, TextStep):
+                self.journal.fail([*message.keys, *(begun.key for begun in message.begun)], error)
+            elif isinstance(message, Vectors):
+                self.journal.fail(message.keys, error)
+
     def _apply(self, message: ToFrontend) -> None:
         match message:
             case TextStep():
+                check_text_step(message)
                 self.journal.text_step(message)
                 self.on_scheduler()
             case Vectors():
+                check_vectors(message)
                 self.journal.vectors(message)
                 self.on_scheduler()
             case Accepted():
@@ -185,15 +253,15 @@ class Ring:
                     self.on_scheduler()
             case (
                 Flushed() | State() | ExpertsRecorded() | WeightsUpdated() | WeightRows() | Paused()
-                | Tokenized() | Detokenized() | Profiled()
+                | Tokenized() | Detokenized() | Profiled() | Failed()
             ):  # fmt: skip
+                asked = self.asked.get(message.key)
+                if asked is not None and not asked.future.done():
+                    asked.future.set_result(message)  # who waits goes on in a later turn of the loop
                 if isinstance(message, State):
                     self.on_state(message)
                 if isinstance(message, WeightsUpdated | Paused):
                     self.on_weights(message)
-                waiting = self._waiting.get(message.key)
-                if waiting is not None and not waiting[1].done():
-                    waiting[1].set_result(message)
                 if not isinstance(message, Tokenized | Detokenized):
                     self.on_scheduler()
             case StartedOver():

@@ -81,7 +81,10 @@ class Room:
 
     def check(self, messages: Iterable[Request], server: ServerConfig, running: int, *, paused: bool) -> None:
         """Raise the `RefusedError` of a call for which there is no room. running: requests that may run at once."""
-        sizes = [prompt_tokens(message) for message in messages]
+        self.check_sizes([prompt_tokens(message) for message in messages], server, running, paused=paused)
+
+    def check_sizes(self, sizes: Sequence[int], server: ServerConfig, running: int, *, paused: bool) -> None:
+        """`check` for a call of requests whose prompts have so many tokens."""
         most = server.max_queued_requests or QUEUED_REQUESTS
         most_tokens = server.max_queued_tokens or QUEUED_TOKENS
         if paused:  # nobody is to see an error through a pause, but it is not to take all memory either
@@ -91,7 +94,8 @@ class Room:
             most, most_tokens, full = 2 * most, 2 * most_tokens, False
         over = self.items + len(sizes) > running + most
         # A prompt of any length may wait alone.
-        many = bool(self.tokens) and self.tokens + sum(sizes) > most_tokens + self._in_hand(server, running)
+        alone = not self.tokens and len(sizes) == 1
+        many = not alone and self.tokens + sum(sizes) > most_tokens + self._in_hand(server, running)
         if sizes and (over or many or (full and not paused)):
             raise RefusedError("D", QUEUE_FULL, 503, "503")
 

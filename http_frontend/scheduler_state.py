@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from math import isfinite
 from typing import Any
 
 from engine.wire.to_frontend import State
@@ -29,7 +30,10 @@ class StateWatch:
         return time.perf_counter() - self._came
 
     def take(self, message: State) -> None:
-        """A state has come, whoever has asked for it."""
+        """A state has come, whoever has asked for it. Raises ValueError of one whose numbers are none."""
+        for name, value in message.state.items():
+            if name.startswith(("num_", "last_gen_")) and not (isinstance(value, int | float) and isfinite(value)):
+                raise ValueError(f"the scheduler's {name} must be a number, got {value!r}")
         self.state = message.state
         self._came = time.perf_counter()
         self._news.set()

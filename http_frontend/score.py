@@ -12,12 +12,13 @@ import msgspec
 from engine.config.run import PooledFacts
 from engine.wire.sampling import LogprobOptions, Sampling, TextOptions
 from engine.wire.to_tokenizer import Generate
+from http_frontend.amounts import check_copies, check_count
 from http_frontend.bodies import SCORE, Ids, ScoreBody, decode_body
 from http_frontend.errors import invalid, unreadable
 from http_frontend.items import Desk, pack_ids
 from http_frontend.journal import Entry, Request
 from http_frontend.refusals import priority_of
-from http_frontend.vectors import check_copies, check_count, embed, new_rid, numbers, softmax
+from http_frontend.vectors import embed, new_rid, numbers, softmax
 from http_frontend.whole_call import Work
 
 

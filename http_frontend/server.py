@@ -15,17 +15,20 @@ import zmq
 
 from engine.config import ConfigError, RunConfig, ServerConfig
 from engine.config.environment import number
-from engine.wire.process import report_ready
+from engine.wire.process import fail, report_ready
 from http_frontend.app import build_app
 from http_frontend.connections import connection_class, sweep
 from http_frontend.frontend import Frontend
+from http_frontend.turnstile import ACCEPTED
 
+BACKLOG = 2048
+"""Connections that the kernel keeps until they are accepted."""
 _CLOSING_SECONDS = 5
 """Time that connections get, once nothing is in flight, to take what was sent to them."""
 
 
 def serve(run: RunConfig, listener: socket.socket) -> None:
-    """Serve until the launcher's `Drain` has been carried out. Raises what broke the frontend, if something did."""
+    """Serve until the launcher's `Drain` has been carried out. What breaks the frontend ends this process."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner, zmq.Context() as context:
         runner.run(_serve(run, listener, context))
 
@@ -59,17 +62,20 @@ async def _serve(run: RunConfig, listener: socket.socket, context: zmq.Context[z
     config = _uvicorn_config(run.server, frontend)
     server = _Server(config, lambda: report_ready(context, run, "frontend"))
     frontend.stop_accepting = server.stop_accepting
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    # libuv accepts one connection of a socket in a turn of the loop. In a rush, a turn answers a request, and a health
+    # check would be behind hundreds of connections; so the socket is there several times.
+    listeners = [listener, *(listener.dup() for _ in range(ACCEPTED - 1))]
+    serving = asyncio.create_task(server.serve(sockets=listeners))
     sweeping = asyncio.create_task(sweep(server.server_state.connections, run.server))
     try:
         await asyncio.wait({frontend.ended, serving, sweeping}, return_when=asyncio.FIRST_COMPLETED)
-        if sweeping.done():
-            sweeping.result()
+        for work in (frontend.ended, serving, sweeping):
+            # Uvicorn would serve its connections for seconds more, with a frontend that nothing can be got from.
+            if work.done() and (error := work.exception()) is not None:
+                fail(error)
         sweeping.cancel()
         server.should_exit = True
         await serving
-        if frontend.ended.done():
-            frontend.ended.result()
     finally:
         frontend.ring.close()
 
@@ -79,19 +85,20 @@ def _uvicorn_config(server: ServerConfig, frontend: Frontend) -> uvicorn.Config:
     _set_up_access_log(server)
     config = uvicorn.Config(
         build_app(frontend),
-        http=connection_class(server),
+        http=connection_class(server, frontend.turnstile),
         ws="none",
         lifespan="off",
         log_config=None,
         log_level=None,
         access_log=logging.getLogger("uvicorn.access").isEnabledFor(logging.INFO),
         server_header=False,
-        backlog=2048,
+        backlog=BACKLOG,
         timeout_keep_alive=int(number("TIMEOUT_KEEP_ALIVE", 5)),
         timeout_graceful_shutdown=_CLOSING_SECONDS,
         ssl_keyfile=server.ssl_keyfile,
         ssl_certfile=server.ssl_certfile,
         ssl_ca_certs=server.ssl_ca_certs,
+        ssl_cert_reqs=server.ssl_cert_reqs,
         ssl_keyfile_password=server.ssl_keyfile_password,
     )
     try:

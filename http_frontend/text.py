@@ -8,9 +8,14 @@ from starlette.responses import Response
 from engine.wire.to_detokenizer import Detokenize
 from engine.wire.to_frontend import Detokenized, Tokenized
 from engine.wire.to_tokenizer import Tokenize
+from http_frontend.amounts import check_count
 from http_frontend.bodies import DETOKENIZE, TOKENIZE, Ids, check_content_type, check_depth, decode_body
 from http_frontend.errors import RefusedError, json_response, unreadable
 from http_frontend.frontend import Frontend
+
+LONGEST_TEXT = 1 << 20
+MOST_TEXT = 1 << 22
+"""Characters of one text of `/tokenize`, and of all texts of a call; ids of a call of `/detokenize`."""
 
 
 class Text:
@@ -26,6 +31,7 @@ class Text:
         if (asked.prompt is None) == (asked.messages is None):
             raise unreadable("1 validation error: Exactly one of 'prompt' or 'messages' must be provided.")
         check_depth(asked.messages, asked.tools, asked.chat_template_kwargs)
+        _check_size(asked.prompt)
         self._frontend.check_open()
         go_on = bool(asked.continue_final_message)
         begin = asked.add_generation_prompt
@@ -52,6 +58,9 @@ class Text:
         check_content_type(request.headers.get("content-type", ""), body)
         asked = decode_body(body, DETOKENIZE)
         rows, nested = _rows(asked.tokens)
+        check_count("tokens", len(rows))
+        if (size := sum(map(len, rows))) > MOST_TEXT:
+            raise unreadable(f"1 validation error: tokens: {size} ids in all; at most {MOST_TEXT}")
         vocab_size = self._frontend.run.facts.vocab_size
         wrong = next((token for row in rows for token in row if not 0 <= token < vocab_size), None)
         if wrong is not None:
@@ -64,6 +73,16 @@ class Text:
                 raise _undecodable(answer.error)
             raise RefusedError("D", f"Internal server error during detokenization: {answer.error}", 500)
         return json_response({"text": answer.texts if nested else answer.texts[0]})
+
+
+def _check_size(prompt: str | list[str] | None) -> None:
+    """Raise the refusal of more text than is tokenized at once: everybody else waits for it."""
+    sizes = [len(text) for text in ([prompt] if isinstance(prompt, str) else prompt or [])]
+    check_count("prompt", len(sizes))
+    if max(sizes, default=0) > LONGEST_TEXT:
+        raise unreadable(f"1 validation error: prompt: a text has {max(sizes)} characters; at most {LONGEST_TEXT}")
+    if sum(sizes) > MOST_TEXT:
+        raise unreadable(f"1 validation error: prompt: {sum(sizes)} characters in all; at most {MOST_TEXT}")
 
 
 def _undecodable(detail: str) -> RefusedError:

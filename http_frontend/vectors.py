@@ -10,16 +10,13 @@ from collections.abc import Sequence
 from engine.config.run import ModelFacts, PooledFacts
 from engine.wire.to_tokenizer import Embed
 from http_frontend.errors import invalid
-from http_frontend.items import MAX_ITEMS, Desk
+from http_frontend.items import Desk
 from http_frontend.journal import Entry
 
 NOT_AN_EMBEDDING_MODEL = (
     "This model does not appear to be an embedding model by default. Please add `--is-embedding` when launching the "
     "server or try another model."
 )
-
-MOST_COPIED = 2**27
-"""Characters or ids that one call may repeat in its items."""
 
 
 def pooled_of(facts: ModelFacts) -> PooledFacts:
@@ -76,18 +73,6 @@ def check_dimensions(dimensions: int | None, pooled: PooledFacts, model: str) ->
         )
     if dimensions > pooled.width:
         raise invalid(f"Provided dimensions are greater than max embedding dimension: {pooled.width}")
-
-
-def check_count(name: str, size: int) -> None:
-    """Raise `RefusedError` for more items than one call may have."""
-    if size > MAX_ITEMS:
-        raise invalid(f"{name} may have at most {MAX_ITEMS} entries, got {size}.")
-
-
-def check_copies(name: str, length: int, times: int) -> None:
-    """Raise `RefusedError` where `length` characters or ids that every item repeats come to more than memory should."""
-    if length * times > MOST_COPIED:
-        raise invalid(f"{name} of length {length}, once for each of {times} items, exceeds {MOST_COPIED} in all.")
 
 
 def numbers(packed: bytes) -> list[float]:

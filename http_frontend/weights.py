@@ -20,7 +20,7 @@ from engine.wire.weights import (
     WeightsUpdated,
 )
 from http_frontend.bodies import check_content_type, decode_body
-from http_frontend.errors import invalid, json_response
+from http_frontend.errors import RefusedError, invalid, json_response
 from http_frontend.frontend import Frontend
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,11 @@ class WeightRoutes:
             keep_pause=asked.keep_pause,
         )
         log.info("update_weights_from_disk: %s, step %d", asked.model_path, asked.token_step)
-        answer = await ring.ask(message, WeightsUpdated)
+        try:
+            answer = await ring.ask(message, WeightsUpdated)
+        except RefusedError as error:  # whoever updates weights reads `success`
+            body = {"success": False, "message": error.message, "num_paused_requests": 0}
+            return json_response(body, error.status)
         body = {"success": answer.success, "message": answer.message, "num_paused_requests": 0}
         return json_response(body, 200 if answer.success else 400)
 

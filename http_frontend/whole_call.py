@@ -46,6 +46,7 @@ class WholeCall:
             body = await read_body(receive)
         except ClientGoneError:
             return
+        await self._frontend.turnstile.enter()
         count_body(self._frontend.metrics, len(body))
         work: Work | None = None
         check = check_content_type if self._shape == "A" else check_json_only

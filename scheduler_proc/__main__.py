@@ -10,6 +10,7 @@ STARTED = time.monotonic()
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 if __name__ == "__main__":
+    from engine.wire.process import play
     from scheduler_proc.start import main
 
-    main(STARTED)
+    play(lambda: main(STARTED))

@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Protocol
 
+from engine.wire.operation import Profile, Profiled
 from engine.wire.to_detokenizer import ToDetokenizer
-from engine.wire.to_frontend import ExpertsRecorded, Flushed
+from engine.wire.to_frontend import ExpertsRecorded, Failed, Flushed
 from engine.wire.to_scheduler import FlushCache, RecordExperts, ToScheduler
 from engine.wire.weights import (
     ContinueGeneration,
@@ -22,8 +23,9 @@ from engine.wire.weights import (
 
 Question = (
     FlushCache | RecordExperts | UpdateWeights | SetWeightVersion | ReadWeights | PauseGeneration | ContinueGeneration
-)
-Answer = Flushed | ExpertsRecorded | WeightsUpdated | WeightRows | Paused
+    | Profile
+)  # fmt: skip
+Answer = Flushed | ExpertsRecorded | WeightsUpdated | WeightRows | Paused | Profiled | Failed
 
 REMEMBERED = 32
 

@@ -2,44 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from engine.wire.to_detokenizer import ToDetokenizer
-from engine.wire.to_frontend import ExpertsRecorded, Flushed, State
-from engine.wire.to_scheduler import FlushCache, QueryState, RecordExperts, ToScheduler
-from engine.wire.weights import (
-    ContinueGeneration,
-    Paused,
-    PauseGeneration,
-    ReadWeights,
-    SetWeightVersion,
-    UpdateWeights,
-    WeightRows,
-    WeightsUpdated,
-)
+from engine.wire.operation import SlowDown, Tune
+from engine.wire.to_frontend import Failed
+from engine.wire.to_scheduler import Abort, Admit, StartOver, StopSeen, ToScheduler
 
 
-def failed_answers(
-    message: ToScheduler, error: Exception, *, weight_version: str, paused: bool
-) -> Sequence[ToDetokenizer]:
-    """The answers, of which messages that nobody waits for have none. weight_version, paused: what is in force."""
-    words = f"internal error: {type(error).__name__}: {error}"
-    match message:
-        case FlushCache(key):
-            return [Flushed(key, False)]
-        case QueryState(key):
-            return [State(key, {"error": words})]
-        case RecordExperts(key):
-            return [ExpertsRecorded(key, words)]
-        case UpdateWeights(key=key) | SetWeightVersion(key):
-            return [
-                WeightsUpdated(
-                    key=key, success=False, message=words, weight_version=weight_version, model_path=None, paused=paused
-                )
-            ]
-        case ReadWeights(key):
-            return [WeightRows(key, None)]
-        case PauseGeneration(key) | ContinueGeneration(key):
-            return [Paused(key, paused)]
-        case _:
-            return []
+def failed(message: ToScheduler, error: BaseException) -> Failed | None:
+    """The answer; None to a message that nobody waits for."""
+    if isinstance(message, Admit | StartOver | Abort | StopSeen | Tune | SlowDown):
+        return None
+    return failed_question(message.key, error)
+
+
+def failed_question(key: int, error: BaseException) -> Failed:
+    """The answer to the question `key`."""
+    return Failed(key, f"internal error: {type(error).__name__}: {error}")

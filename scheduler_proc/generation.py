@@ -63,6 +63,7 @@ class Generation:
     def handle(self, message: WeightControl) -> None:
         match message:
             case UpdateWeights():
+                logger.info("The weights are to be updated to those of %s", message.model_path)
                 self._updates().queue.append(message)
             case ReadWeights():
                 self._updates().reads.append(message)
@@ -109,7 +110,11 @@ class Generation:
         if source is not None:
             weights.moved = source
         if weights.launch.runtime_dir:
-            note_served(weights.launch.runtime_dir, Served(source=weights.moved, weight_version=self.weight_version))
+            served = Served(source=weights.moved, weight_version=self.weight_version)
+            try:
+                note_served(weights.launch.runtime_dir, served)
+            except OSError:
+                logger.exception("What serves cannot be noted: a scheduler after this one begins with other weights")
 
     def _updates(self) -> WeightUpdates:
         assert self.updates is not None, "this scheduler has no weights to update"
@@ -120,11 +125,11 @@ class Generation:
 
     def _pause(self, mode: str) -> None:
         """The scheduler has ended all requests before, where these are to be aborted."""
-        if self.paused_at is None:
-            self.paused_at = time.monotonic()
         if mode == "retract":
             for request in list(self.planner.running):
                 self.planner.preempt(request)
+        if self.paused_at is None:
+            self.paused_at = time.monotonic()
         logger.info("Generation paused (%s): %d requests wait", mode, len(self.requests))
 
     def _continue(self) -> None:

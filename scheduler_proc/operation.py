@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 
 from engine.kernels.table import Program
-from engine.wire.operation import OperationControl, Profile, SlowDown, Tune
+from engine.wire.operation import MOST_SLEEP, OperationControl, Profile, SlowDown, Tune
 from engine.wire.tuning import tune
 from scheduler_proc.answers import Sender
 from scheduler_proc.planner import Extend, Planner
@@ -40,7 +40,10 @@ class Operation:
                 tune(message)
                 self.outbox.send(message)
             case SlowDown(seconds):
-                logger.warning("Each step is preceded by a sleep of %g s from now on", seconds)
+                if not 0 <= seconds <= MOST_SLEEP:
+                    raise ValueError(f"the sleep before each step must be in [0, {MOST_SLEEP:g}] s, got {seconds}")
+                if seconds != self.pause:  # it is told again to all when a process was replaced
+                    logger.warning("Each step is preceded by a sleep of %g s from now on", seconds)
                 self.pause = seconds
             case Profile():
                 self.profiler.handle(message)

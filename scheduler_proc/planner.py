@@ -7,6 +7,7 @@ evicted there), and it comes back from the front of the queue.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,6 +18,10 @@ from scheduler_proc.memory import Memory
 from scheduler_proc.radix_cache import shared_length
 from scheduler_proc.request import Request
 
+logger = logging.getLogger(__name__)
+
+GROW_AFTER = 8
+"""After so many steps that memory has sufficed for, a step may be half as large again as before."""
 DECODE_RESERVE = 16
 """Slots kept in hand for the growth of each running request when another one is admitted."""
 SHARED_PREFIX_WORTH_WAITING = 32
@@ -66,6 +71,7 @@ class Planner:
 
     hold: no request is admitted that has not begun already. at: the request that `plan` has looked at last.
     queued_tokens: prompt tokens of those that wait. queued_probes: how many of these are the server's own.
+    room: most tokens of a step while memory is short; None: what the limits allow.
     """
 
     limits: PlannerLimits
@@ -77,15 +83,18 @@ class Planner:
     at: Request | None = None
     queued_tokens: int = 0
     queued_probes: int = 0
+    room: int | None = None
+    _good_steps: int = 0
+    _served: int = 0
 
     def plan(self, plan: list[Extend], hopeless: list[Request]) -> None:
         """Plan one step into `plan` and take its slots; into `hopeless` go the requests that can never be served (a
         lone request for which the pool is too small)."""
         self.at = None
         self.memory.begin_step()
-        for request in [r for r in self.running if r.outstanding == 1 and not r.trial]:
+        for request in self._in_turn([r for r in self.running if r.outstanding == 1 and not r.trial]):
             self._extend(request, 1, plan, hopeless)
-        budget = self.limits.prefill_budget
+        budget = self._budget(len(plan))
         most = self.limits.max_prefills or len(self.running) + len(self.waiting)
         decodes = len(plan)
         # Sorting the queue costs milliseconds when it is long; while every place is taken nobody can be admitted.
@@ -109,8 +118,23 @@ class Planner:
             full = len(self.running) >= self.limits.max_running
             candidate = self._admit(iter([request]), plan) if may_begin and not full else None
         if candidate is not None:
-            count = self._chunk(candidate, self.limits.prefill_budget, first=True)
+            count = self._chunk(candidate, self._budget(0), first=True)
             self._extend(candidate, count, plan, hopeless)
+
+    def shrink(self, tokens: int) -> None:
+        """Memory did not suffice for a step: no step has more than `tokens` for a while."""
+        self.room, self._good_steps = tokens, 0
+
+    def grow(self) -> None:
+        """Memory has sufficed for a step."""
+        if self.room is None:
+            return
+        self._good_steps += 1
+        if self._good_steps >= GROW_AFTER:
+            self.room, self._good_steps = self.room + max(1, self.room // 2), 0
+            if self.room >= self.limits.prefill_budget + self.limits.max_running:
+                self.room = None
+                logger.info("Memory suffices again: steps are of full size")
 
     @property
     def queued(self) -> int:
@@ -172,6 +196,19 @@ class Planner:
         """Take a running request out; what it has computed stays in the tree."""
         self.running.remove(request)
         self.memory.release(request)
+
+    def _in_turn(self, decodes: list[Request]) -> list[Request]:
+        """As many of `decodes` as a step has room for; in the next step it is the turn of the others."""
+        if self.room is None or len(decodes) <= self.room:
+            return decodes
+        start = self._served % len(decodes)
+        self._served = start + self.room
+        return (decodes[start:] + decodes[:start])[: self.room]
+
+    def _budget(self, decodes: int) -> int:
+        """Prompt tokens of a step that has so many decodes."""
+        budget = self.limits.prefill_budget
+        return budget if self.room is None else min(budget, self.room - decodes)
 
     def _chunk(self, request: Request, budget: int, *, first: bool) -> int:
         """How many tokens of `request` to compute with `budget` left; 0: none in this step."""

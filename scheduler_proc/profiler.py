@@ -146,7 +146,7 @@ def _write(asked: Profile, steps: list[Step], keys: list[int], answers: queue.Si
 def _unwritable(folder: str) -> str | None:
     """Why no file can be written to `folder`, which is made if need be; None when one can."""
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        return f"output_dir: {folder!r} cannot be made: {error.strerror}"
+        Path(folder).mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # a NUL in it is a ValueError
+        return f"output_dir: {folder!r} cannot be made: {error}"
     return None if os.access(folder, os.W_OK | os.X_OK) else f"output_dir: {folder!r} cannot be written to"

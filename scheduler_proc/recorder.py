@@ -20,6 +20,7 @@ from engine.config import ServerConfig
 from engine.config.environment import setting
 from engine.kernels.batch import RaggedBatch
 from engine.kernels.table import Integers, Longs
+from scheduler_proc.record_spool import Spool, SpooledStep
 
 logger = logging.getLogger(__name__)
 
@@ -65,28 +66,39 @@ class TokenPass:
 
 @dataclass(slots=True)
 class Recorder:
-    """number: of steps that were computed, recorded or not."""
+    """number: of steps that were computed, recorded or not. spool: what outlives this process; None: nothing does."""
 
     settings: RecorderSettings
     on: bool = False
     number: int = 0
+    spool: Spool | None = None
     kept: deque[CountedPass | TokenPass] = field(init=False)
 
     def __post_init__(self) -> None:
         self.kept = deque(maxlen=self.settings.passes)
 
+    def resume(self) -> None:
+        """Go on where a scheduler before this one has died."""
+        if self.spool is None:
+            return
+        self.kept.extend(_unpacked(self.settings, step) for step in self.spool.read())
+        self.number = self.kept[-1].number if self.kept else 0
+        self.on = self.spool.on
+        if self.on or self.kept:
+            logger.info("The record of experts goes on: %d steps are there, recording is %s", len(self.kept), self.on)
+
     def start(self) -> None:
         """Forget what was recorded, and record from the next step on."""
         if self.on:
             logger.warning("The expert distribution is being recorded already; the record is reset")
-        self.kept.clear()
-        self.on = True
+        self._forget()
+        self._turn(True)
 
     def stop(self) -> None:
         """Record no more; what was recorded is kept."""
         if not self.on:
             logger.warning("The expert distribution is not being recorded; there is nothing to stop")
-        self.on = False
+        self._turn(False)
 
     def step(self, batch: RaggedBatch, routing: Callable[[], list[Integers]]) -> None:
         """Take note of a step. routing: the program's, for this step; not asked while recording is off."""
@@ -98,12 +110,12 @@ class Recorder:
             raise ValueError(f"{len(found)} layers have routed a step; expected {len(self.settings.layers)}")
         if self.settings.mode == "per_token":
             ids, positions = batch.token_ids.numpy().copy(), batch.positions.numpy().copy()
-            self.kept.append(TokenPass(self.number, ids, positions, tuple(found)))
+            self._keep(TokenPass(self.number, ids, positions, tuple(found)))
             return
         counts = np.zeros((len(found), self.settings.experts), np.int32)
         for layer, taken in enumerate(found):
             counts[layer] = np.bincount(taken.ravel(), minlength=self.settings.experts)
-        self.kept.append(CountedPass(self.number, counts))
+        self._keep(CountedPass(self.number, counts))
 
     def dump(self, rank: int) -> Path:
         """Write what was recorded, and forget it. Returns the file, which appears under its name once it is whole.
@@ -111,7 +123,7 @@ class Recorder:
         Raises OSError, and then forgets nothing.
         """
         folder = self.settings.folder
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = folder / f"expert_distribution_rank{rank}_timestamp{time.time()}.csv"
         unfinished = folder / f".{path.name}.{os.getpid()}"
         try:
@@ -124,8 +136,44 @@ class Recorder:
         finally:
             unfinished.unlink(missing_ok=True)
         logger.info("Expert distribution of %d steps written to %s", len(self.kept), path)
-        self.kept.clear()
+        self._forget()
         return path
+
+    def _turn(self, on: bool) -> None:
+        self.on = on
+        if self.spool is not None:
+            self.spool.on = on
+
+    def _keep(self, one: CountedPass | TokenPass) -> None:
+        self.kept.append(one)
+        if self.spool is not None:
+            self.spool.append(_packed(one))
+
+    def _forget(self) -> None:
+        self.kept.clear()
+        if self.spool is not None:
+            self.spool.clear()
+
+
+def _packed(one: CountedPass | TokenPass) -> SpooledStep:
+    columns: list[NDArray[np.integer]]
+    columns = [one.counts] if isinstance(one, CountedPass) else [one.token_ids, one.positions, *one.routing]
+    return SpooledStep(one.number, [column.tobytes() for column in columns])
+
+
+def _unpacked(settings: RecorderSettings, step: SpooledStep) -> CountedPass | TokenPass:
+    if settings.mode != "per_token":
+        (counts,) = step.columns
+        shape = len(settings.layers), settings.experts
+        return CountedPass(step.number, np.frombuffer(counts, np.int32).reshape(shape))
+    ids, positions, *routing = step.columns
+    tokens = len(ids) // 8
+    return TokenPass(
+        step.number,
+        np.frombuffer(ids, np.int64),
+        np.frombuffer(positions, np.int64),
+        tuple(np.frombuffer(taken, np.int32).reshape(tokens, -1) for taken in routing),
+    )
 
 
 def _lines(settings: RecorderSettings, passes: list[CountedPass | TokenPass]) -> Iterator[str]:

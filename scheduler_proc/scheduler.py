@@ -31,8 +31,9 @@ from engine.wire.to_scheduler import (
     ToScheduler,
 )
 from engine.wire.weights import PauseGeneration, WeightControl
+from scheduler_proc.admissible import check_admissible
 from scheduler_proc.answers import Answers
-from scheduler_proc.control_failures import failed_answers
+from scheduler_proc.control_failures import failed, failed_question
 from scheduler_proc.generation import Generation
 from scheduler_proc.kv_memory import InvariantError
 from scheduler_proc.operation import Operation
@@ -55,6 +56,10 @@ OUTRANKED = "The request is aborted by a higher priority request."
 PATIENCE = 0.01
 """Seconds between two looks at what no message tells of: the thread of a weight update, the deadline of a flush."""
 
+HEARING = 0.01
+"""Seconds after which messages that are still there wait for the next step."""
+_AT_ONCE = 32
+
 
 class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Settings of the loop.
@@ -64,7 +69,7 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     waiting_timeout, running_timeout: seconds, None for no limit.
     strict: an invariant that does not hold ends the process (else it is logged).
     report: the part of `/server_info` that does not change.
-    task: what the model is served for.
+    task: what the model is served for. vocab_size: token ids lie below it; None: not known.
     """
 
     eos_ids: list[int]
@@ -80,6 +85,7 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     report: dict[str, Any]
     task: Task = Task()
     max_queued_tokens: int | None = None
+    vocab_size: int | None = None
 
 
 @dataclass(slots=True)
@@ -130,14 +136,25 @@ class Scheduler:
             self._beat()
             if not self.requests or self.generation.halted:
                 self._rest()
-            for message in self.inbox.drain():
+            self.hear()
+            self.turn()
+
+    def hear(self) -> None:
+        """Carry out the messages that are there; of very many only some, since running requests wait for their step."""
+        until = time.monotonic() + HEARING
+        while messages := self.inbox.drain(_AT_ONCE):
+            for message in messages:
                 if not self.outbox.known(message):
                     self.handle(message)
-            self.turn()
+            if time.monotonic() > until:
+                break
 
     def _beat(self) -> None:
         if self.heart is not None:
             self.heart.beat()
+            self.heart.board.note_load(len(self.planner.running), self.planner.queued)
+        if faults.armed:
+            faults.spring_in_loop("scheduler")
 
     def turn(self) -> None:
         """One round of the loop: what is due between steps, and a step if there is anything to compute."""
@@ -185,8 +202,7 @@ class Scheduler:
             self.outbox.send(Ended(message.key, message.attempt, finish, "scheduler"))
         else:
             logger.exception("%s failed", type(message).__name__)
-            version, paused = self.generation.weight_version, self.generation.paused
-            for answer in failed_answers(message, error, weight_version=version, paused=paused):
+            if (answer := failed(message, error)) is not None:
                 self.outbox.send(answer)
         self.planner.memory.check(self.planner.running)
 
@@ -277,6 +293,7 @@ class Scheduler:
             return
         if faults.armed:
             faults.spring("admit", np.frombuffer(admit.input_ids + admit.output_ids, "<i4"))
+        check_admissible(admit, self.settings.vocab_size, self.settings.longest)
         self.arrivals += 1
         request = new_request(admit, self.arrivals, self.settings.longest)
         self.trials.enter(request)
@@ -351,16 +368,17 @@ class Scheduler:
         if not due:
             return
         self.flushes = [(flush, deadline) for flush, deadline in self.flushes if not idle and now < deadline]
-        done = idle and self._flush()
+        error = self._flush() if idle else None
         for flush in due:
-            self.outbox.send(Flushed(flush.key, done))
+            self.outbox.send(Flushed(flush.key, idle) if error is None else failed_question(flush.key, error))
 
-    def _flush(self) -> bool:
+    def _flush(self) -> Exception | None:
+        """Returns what has gone wrong."""
         try:
             self.planner.memory.flush()
-        except Exception:
+        except Exception as error:
             logger.exception("The cache cannot be flushed")
             self.planner.memory.check(self.planner.running)
-            return False
+            return error
         logger.info("Cache flushed")
-        return True
+        return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from pathlib import Path
 
 import msgspec
 import zmq
@@ -25,6 +26,7 @@ from scheduler_proc.load import Engine, largest_step, load_engine, longest_reque
 from scheduler_proc.memory import Memory
 from scheduler_proc.planner import Planner, PlannerLimits
 from scheduler_proc.ranks import Bounds, RankedProgram, open_ranks
+from scheduler_proc.record_spool import Spool
 from scheduler_proc.recorder import Recorder, recorder_settings
 from scheduler_proc.runner import Runner
 from scheduler_proc.scheduler import Scheduler, SchedulerSettings
@@ -88,6 +90,8 @@ def schedule(config: RunConfig, started: float) -> None:
         heart=heart,
         ranks=ranks,
     )
+    scheduler.generation.set_paused(config.standing.paused)
+    scheduler.operation.pause = config.standing.step_sleep
     heart.beat()
     report_ready(context, config, NAME, engine.limits)
     scheduler.loop()
@@ -103,7 +107,7 @@ def work(config: RunConfig, rank: int, started: float) -> None:
     line = Line(rank, config.server.tp_size, inbox, outbox, heart.beat)
     engine = load_engine(config, started=started, beat=heart.beat, company=line)
     weights = Weights(engine.model, engine.checkpoint, config)
-    worker = Worker(line, engine.program, weights, recorder(config, engine))
+    worker = Worker(line, engine.program, weights, recorder(config, engine, rank))
     outbox.send(Loaded(rank))
     report_ready(context, config, name)
     worker.loop()
@@ -125,9 +129,17 @@ def memory(config: RunConfig, engine: Engine) -> Memory:
     return KvMemory(engine.limits.max_total_num_tokens, reuse=not config.server.disable_radix_cache)
 
 
-def recorder(config: RunConfig, engine: Engine) -> Recorder | None:
+def recorder(config: RunConfig, engine: Engine, rank: int = 0) -> Recorder | None:
     wanted = recorder_settings(config.server, engine.model.config)
-    return None if wanted is None else Recorder(wanted)
+    if wanted is None:
+        return None
+    folder = Path(config.runtime_dir)
+    if rank:  # each rank has a record of its own
+        folder /= worker_name(rank)
+        folder.mkdir(mode=0o700, exist_ok=True)
+    found = Recorder(wanted, spool=Spool(folder, wanted.passes))
+    found.resume()
+    return found
 
 
 def planner_limits(config: RunConfig, engine: Engine) -> PlannerLimits:
@@ -161,6 +173,7 @@ def settings(config: RunConfig, engine: Engine, started: float) -> SchedulerSett
         report=report(config, engine, started),
         task=engine.task,
         max_queued_tokens=server.max_queued_tokens,
+        vocab_size=config.facts.vocab_size,
     )
 
 

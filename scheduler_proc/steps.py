@@ -64,6 +64,8 @@ class Steps:
     original_logprobs: bool
     task: Task
     _failed: bool = False
+    _short: bool = False
+    _room: int | None = None
 
     def step(self, rows: StepRows) -> None:
         """Plan and run one step, and send what it produced together with `rows`.
@@ -75,8 +77,11 @@ class Steps:
         self.operation.mark("plan")
         if plan:
             self.statistics.begin(plan)
-            started = time.perf_counter()
+            started, self._room = time.perf_counter(), self.planner.room
+            self._short = False
             sampled = self._compute(plan, rows)
+            if not self._short:
+                self.planner.grow()
             self.statistics.step(plan, sampled, time.perf_counter() - started, self.planner)
         self.trials.end_step()
         self.send(rows)
@@ -138,11 +143,14 @@ class Steps:
         if isinstance(outcome, MemoryError):
             kept = halved(plan, chunked=self.planner.limits.chunked)
             self._send_back(plan, kept)
+            self._short = True
             if kept:
+                self.planner.shrink(_size(kept))
                 logger.warning("Memory ran out in a step of %d tokens; %d are tried", _size(plan), _size(kept))
                 return self._compute(kept, rows)
             logger.error("Request %s ends: there is no memory for it alone", plan[0].request.admit.rid)
             self._end_failed(plan[0].request, Finish("abort", message=OUT_OF_MEMORY, status=500))
+            self.planner.room = self._room  # it was this one's doing, and no shortage
             return 0
         if len(plan) > 1:
             logger.warning("The step failed again; each of its %d requests is computed by itself", len(plan))

@@ -43,7 +43,7 @@ class Step:
 def write_trace(path: Path, steps: list[Step], about: dict[str, Any]) -> None:
     """Write `steps` to `path`, gzipped; `about` goes beside them. The file must not exist. Raises OSError."""
     trace = {"displayTimeUnit": "ms", "otherData": about, "traceEvents": list(events(steps))}
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", compresslevel=5) as file:
         file.write(msgspec.json.encode(trace))
 

@@ -45,8 +45,10 @@ class Trials:
             self.planner.plan(plan, hopeless)
             return
         self.suspects = [r for r in self.suspects if r.trial and self.requests.get(r.key) is r]
-        if self.suspects and self._in_a_row < IN_A_ROW:
-            suspect = self.suspects[0]
+        # A suspect that may not begin before a weight update must not stand before those that the update waits for.
+        able = [r for r in self.suspects if r.begun or not self.planner.hold]
+        if able and self._in_a_row < IN_A_ROW:
+            suspect = able[0]
             self.planner.plan_alone(suspect, plan, hopeless)
             if plan or hopeless:
                 self._in_a_row += 1
@@ -61,7 +63,7 @@ class Trials:
         if self._current is None:
             return
         if self.board is not None:
-            self.board.trial = 0
+            self.board.hold("scheduler", 0)
         if self._completes:
             self._current.trial -= 1
         self._current = None
@@ -69,4 +71,4 @@ class Trials:
     def _begin(self, suspect: Request, completes: bool) -> None:
         self._current, self._completes = suspect, completes
         if self.board is not None:
-            self.board.trial = suspect.key
+            self.board.hold("scheduler", suspect.key)

@@ -12,7 +12,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from engine.wire.to_frontend import Failed
 from engine.wire.weights import ReadWeights, UpdateWeights, WeightRows
+from scheduler_proc.control_failures import failed_question
 from scheduler_proc.weights import Prepared, RefusedUpdateError, Weights
 
 logger = logging.getLogger(__name__)
@@ -58,6 +60,9 @@ class WeightUpdates:
                     self.phase = "draining"
         except RefusedUpdateError as error:
             return self._end(str(error))
+        except Exception as error:  # nothing has been written yet: the old weights serve on
+            logger.exception("A weight update could not be prepared")
+            return self._end(f"internal error: {type(error).__name__}: {error}")
         if self.phase == "draining" and may_copy():
             self._start("copying", self.weights.replace, self._prepared)
         elif self.phase == "copying" and self._done():
@@ -68,19 +73,19 @@ class WeightUpdates:
             return self._end(None)
         return None
 
-    def read(self) -> list[WeightRows]:
+    def read(self) -> list[WeightRows | Failed]:
         """The answers to `reads`; none while weights are copied."""
         if self.phase == "copying" or not self.reads:
             return []
         reads, self.reads = self.reads, []
-        return [WeightRows(read.key, self._rows(read)) for read in reads]
+        return [self._rows(read) for read in reads]
 
-    def _rows(self, read: ReadWeights) -> list[Any] | None:
+    def _rows(self, read: ReadWeights) -> WeightRows | Failed:
         try:
-            return self.weights.rows(read.name, read.rows)
-        except Exception:
+            return WeightRows(read.key, self.weights.rows(read.name, read.rows))
+        except Exception as error:
             logger.exception("Tensor %r cannot be read", read.name)
-            return None
+            return failed_question(read.key, error)
 
     def wait(self, seconds: float) -> None:
         """Until the thread has finished what it does, at most `seconds`. Its errors are left to `advance`."""
@@ -88,8 +93,8 @@ class WeightUpdates:
             self._job.exception(seconds)
 
     def _start(self, phase: Phase, work: Callable[..., Any], *arguments: Any) -> None:
-        self.phase = phase
         self._job = self._thread.submit(work, *arguments)
+        self.phase = phase
 
     def _done(self) -> bool:
         return self._job is not None and self._job.done()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from functools import cache
 
+import pytest
+
 from engine.kernels import _cpu
 from engine.kernels.cpu import open_cpu_backend
 from engine.kernels.eager import EagerBackend
@@ -13,6 +15,8 @@ EMULATED = "amx-emulated"
 ISAS = _cpu.usable_isas()
 BFLOAT16_ISAS = [*ISAS, *([EMULATED] if "avx512bf16" in ISAS else [])]
 """AMX's kernel differs from its neighbour's only in products of bfloat16."""
+FOR_MODELS = ["reference", *ISAS[:1], *(pytest.param(isa, marks=pytest.mark.slow) for isa in ISAS[1:])]
+"""Parameters of tests of whole models: what each instruction set makes of each op is for the tests of ops to say."""
 
 
 @cache

@@ -152,11 +152,20 @@ def test_files_are_short_and_have_telling_names() -> None:
 
 def test_nobody_unpickles_or_calls_a_shell() -> None:
     for module in modules().values():
-        assert not below(module.imports(), "pickle"), f"{module.path} imports pickle"
+        for unsafe in ("pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"):
+            assert not below(module.imports(), unsafe), f"{module.path} imports {unsafe}"
         for node in ast.walk(module.tree):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                assert (node.value.id, node.attr) not in {("torch", "load"), ("os", "system")}, (
+                assert (node.value.id, node.attr) not in {("torch", "load"), ("os", "system"), ("yaml", "load")}, (
                     f"{module.path}:{node.lineno}: {node.value.id}.{node.attr}"
+                )
+            if isinstance(node, ast.Attribute):
+                assert not node.attr.endswith("_pyobj"), f"{module.path}:{node.lineno}: {node.attr} pickles"
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in {"eval", "exec"}, f"{module.path}:{node.lineno}: {node.func.id}"
+            if isinstance(node, ast.keyword) and node.arg in {"allow_pickle", "trust_remote_code"}:
+                assert isinstance(node.value, ast.Constant) and node.value.value is False, (
+                    f"{module.path}:{node.value.lineno}: {node.arg}"
                 )
             if isinstance(node, ast.keyword) and node.arg == "shell":
                 assert isinstance(node.value, ast.Constant) and node.value.value is False, (

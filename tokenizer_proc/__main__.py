@@ -10,13 +10,13 @@ import zmq
 
 from engine.checkpoints.errors import CheckpointError
 from engine.checkpoints.tokenizer import Tokenizer, load_tokenizer
-from engine.config import ConfigError, RunConfig
+from engine.config import ConfigError, RunConfig, faults
 from engine.config.environment import count_limit
 from engine.wire.board import BEATS, Heart
 from engine.wire.failures import internal_error
 from engine.wire.operation import Tune
-from engine.wire.process import arguments, begin, report_ready
-from engine.wire.sockets import Inbox, Outbox
+from engine.wire.process import arguments, begin, play, report_ready
+from engine.wire.sockets import Inbox, Outbox, Sender
 from engine.wire.to_frontend import Ended, ToFrontend
 from engine.wire.to_scheduler import ToScheduler
 from engine.wire.to_tokenizer import Embed, Generate, Judge, Tokenize, ToTokenizer
@@ -45,25 +45,41 @@ def main() -> None:
     report_ready(context, config, "tokenizer")
     while True:
         heart.beat()
+        if faults.armed:
+            faults.spring_in_loop("tokenizer")
         inbox.wait(BEATS)
         for message in inbox.drain():
             heart.beat()
-            if isinstance(message, Generate | Embed | Judge):
-                _admit(message, tokenizer, bounds, frontend, scheduler)
-            elif isinstance(message, Tokenize):
-                frontend.send(tokenized(message, tokenizer, config.facts.context_length))
-            else:
-                if isinstance(message, Tune):
-                    tune(message)
-                scheduler.send(message)
+            key = message.key if isinstance(message, Generate | Embed | Judge | Tokenize) else 0
+            heart.board.hold("tokenizer", key)
+            handle(message, tokenizer, bounds, frontend, scheduler)
+            heart.board.hold("tokenizer", 0)
+
+
+def handle(
+    message: ToTokenizer,
+    tokenizer: Tokenizer | None,
+    bounds: Bounds,
+    frontend: Sender[ToFrontend],
+    scheduler: Sender[ToScheduler],
+) -> None:
+    """Carry a message out. One that fails ends its request, or is answered with an error, and nothing else."""
+    if isinstance(message, Generate | Embed | Judge):
+        _admit(message, tokenizer, bounds, frontend, scheduler)
+    elif isinstance(message, Tokenize):
+        frontend.send(tokenized(message, tokenizer, bounds.context_length))
+    else:
+        if isinstance(message, Tune):
+            tune(message)
+        scheduler.send(message)
 
 
 def _admit(
     message: Generate | Embed | Judge,
     tokenizer: Tokenizer | None,
     bounds: Bounds,
-    frontend: Outbox[ToFrontend],
-    scheduler: Outbox[ToScheduler],
+    frontend: Sender[ToFrontend],
+    scheduler: Sender[ToScheduler],
 ) -> None:
     """Send a request on, or its end back. What cannot be put into a message ends its request alone."""
     outcome = admit(message, tokenizer, bounds)
@@ -99,4 +115,4 @@ def _load(config: RunConfig) -> Tokenizer | None:
 
 
 if __name__ == "__main__":
-    main()
+    play(main)

@@ -15,6 +15,7 @@ from engine.wire.to_scheduler import Admit
 from engine.wire.to_tokenizer import Embed, Generate, Judge
 from tokenizer_proc.embedding import admit_embed
 from tokenizer_proc.judging import question
+from tokenizer_proc.long_texts import within_reach
 from tokenizer_proc.prompt_ids import need, pack, unpack
 from tokenizer_proc.replies import accepted
 from tokenizer_proc.validation import (
@@ -58,7 +59,7 @@ def admit(
 
 
 def _admit(message: Generate, tokenizer: Tokenizer | None, bounds: Bounds) -> tuple[Accepted, Admit]:
-    ids = _prompt_ids(message, tokenizer)
+    ids = _prompt_ids(message, tokenizer, bounds)
     if faults.armed:
         faults.spring("tokenize", ids)
     check_ids(ids, bounds.vocab_size)
@@ -92,7 +93,8 @@ def _admit(message: Generate, tokenizer: Tokenizer | None, bounds: Bounds) -> tu
     return accepted(message, packed), admitted
 
 
-def _prompt_ids(message: Generate, tokenizer: Tokenizer | None) -> array[int]:
+def _prompt_ids(message: Generate, tokenizer: Tokenizer | None, bounds: Bounds) -> array[int]:
     if message.input_ids is not None:
         return unpack(message.input_ids)
-    return array("i", encode(need(tokenizer), message.text or ""))
+    tokenizer = need(tokenizer)
+    return array("i", encode(tokenizer, within_reach(tokenizer, message.text or "", bounds)))

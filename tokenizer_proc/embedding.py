@@ -11,6 +11,7 @@ from engine.wire.sampling import Sampling, TextOptions
 from engine.wire.to_frontend import Accepted
 from engine.wire.to_scheduler import Admit, VectorOptions
 from engine.wire.to_tokenizer import Embed
+from tokenizer_proc.long_texts import within_reach
 from tokenizer_proc.prompt_ids import need, pack, unpack
 from tokenizer_proc.replies import accepted
 from tokenizer_proc.validation import Bounds, RefusalError, check_ids, too_long
@@ -68,12 +69,13 @@ def _prompt(message: Embed, tokenizer: Tokenizer | None, bounds: Bounds) -> tupl
         ids = ids[:most]
     else:
         tokenizer = need(tokenizer)
-        text = message.text or ""
+        text = within_reach(tokenizer, message.text or "", bounds)
+        pair = None if message.pair is None else within_reach(tokenizer, message.pair, bounds)
         try:
-            listed, segments = encode_pair(tokenizer, text, message.pair)
+            listed, segments = encode_pair(tokenizer, text, pair)
             size = len(listed)
             if size > most and bounds.auto_truncate:
-                listed, segments = encode_pair(tokenizer, text, message.pair, max_length=most)
+                listed, segments = encode_pair(tokenizer, text, pair, max_length=most)
         except Exception as error:  # the package raises bare Exception
             raise RefusalError(f"the text cannot be tokenized: {error}") from error
         ids = array("i", listed)

@@ -3,6 +3,7 @@ answer."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from array import array
 
@@ -10,6 +11,7 @@ from engine.checkpoints.chat_template import ChatTemplateError, render_chat
 from engine.checkpoints.tokenizer import Tokenizer, encode
 from engine.wire.sampling import LogprobOptions, Sampling, TextOptions
 from engine.wire.to_tokenizer import Generate, Judge
+from tokenizer_proc.long_texts import within_reach
 from tokenizer_proc.prompt_ids import need, pack
 from tokenizer_proc.validation import RESERVED_TOKENS, Bounds, RefusalError
 
@@ -22,7 +24,11 @@ _MOST_CUTS = 8
 def question(message: Judge, tokenizer: Tokenizer | None, bounds: Bounds) -> Generate:
     """The request of no new tokens that `message` stands for. Raises RefusalError."""
     tokenizer = need(tokenizer)
-    ids = _fitting(message, tokenizer, bounds.context_length - RESERVED_TOKENS if bounds.auto_truncate else None)
+    document = within_reach(tokenizer, message.document, bounds)
+    within_reach(tokenizer, message.query, dataclasses.replace(bounds, auto_truncate=False))
+    ids = _fitting(
+        message, document, tokenizer, bounds.context_length - RESERVED_TOKENS if bounds.auto_truncate else None
+    )
     return Generate(
         key=message.key,
         attempt=message.attempt,
@@ -38,12 +44,11 @@ def question(message: Judge, tokenizer: Tokenizer | None, bounds: Bounds) -> Gen
     )
 
 
-def _fitting(message: Judge, tokenizer: Tokenizer, most: int | None) -> list[int]:
+def _fitting(message: Judge, document: str, tokenizer: Tokenizer, most: int | None) -> list[int]:
     """The prompt's ids; when there are more than `most`, the document loses its end, and the question stays whole.
 
     Raises RefusalError where that is not enough.
     """
-    document = message.document
     ids = _prompt_ids(message, document, tokenizer)
     for _ in range(_MOST_CUTS):
         if most is None or len(ids) <= most or not document:

@@ -12,6 +12,9 @@ from engine.wire.failures import is_failure
 from engine.wire.to_frontend import Accepted, Tokenized
 from engine.wire.to_tokenizer import Embed, Generate, Tokenize
 
+LONGEST_CHAT = 1 << 20
+"""Characters of messages that are rendered; the frontend bounds those of prompts."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -52,4 +55,6 @@ def _ids(message: Tokenize, tokenizer: Tokenizer) -> list[list[int]]:
         tools=message.tools,
         template_kwargs=message.template_kwargs,
     )
+    if len(text) > LONGEST_CHAT:
+        raise ChatTemplateError(f"the messages make a text of {len(text)} characters; at most {LONGEST_CHAT}")
     return [encode(tokenizer, text, add_special_tokens=False)]

@@ -11,6 +11,8 @@ from engine.checkpoints.errors import CheckpointError
 _REQUIRED: Any = object()
 # Sizes beyond this are mistakes, and would overflow where they are multiplied.
 _MAX_SIZE = 1 << 40
+MOST_LAYERS = 1 << 14
+"""What is kept of each layer must not take all memory."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,14 @@ class Fields:
             )
         return CheckpointError(f"{self.where}: {key} is {value!r}; it must be {expected}")
 
-    def positive(self, key: str, default: Any = _REQUIRED) -> int:
-        """An integer of at least 1. `default` stands for null, and for a missing key without a family default."""
+    def positive(self, key: str, default: Any = _REQUIRED, most: int = _MAX_SIZE) -> int:
+        """An integer from 1 to `most`. `default` stands for null, and for a missing key without a family default."""
         value = self._value(key)
         if value is None and default is not _REQUIRED:
             value = default
-        if not _is_int(value) or not 1 <= value <= _MAX_SIZE:
-            raise self.error(key, "an integer of at least 1")
+        if not _is_int(value) or not 1 <= value <= most:
+            limit = "" if most == _MAX_SIZE else f" and at most {most}"
+            raise self.error(key, f"an integer of at least 1{limit}")
         return int(value)
 
     def positive_or_none(self, key: str) -> int | None:
@@ -69,9 +72,15 @@ class Fields:
         value = self._value(key)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.error(key, "a finite number")
-        return float(value)
+        try:
+            number = float(value)
+        except OverflowError:  # an integer beyond all floats
+            number = math.inf
+        if not math.isfinite(number):
+            raise self.error(key, "a finite number")
+        return number
 
     def flag(self, key: str, default: bool) -> bool:
         """true or false; null counts as `default`."""

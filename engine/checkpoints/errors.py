@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal
 
 
@@ -18,3 +21,17 @@ class NotFoundError(CheckpointError):
     def __init__(self, message: str, lack: Lack) -> None:
         super().__init__(message)
         self.lack = lack
+
+
+@contextmanager
+def makes_sense(path: str | Path) -> Iterator[None]:
+    """What the reading of `path` trips over without having foreseen it comes as a CheckpointError too: whatever a file
+    holds, it is the file that is to blame, and a server that runs goes on."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of packages in Rust
+            raise
+        raise CheckpointError(f"{path}: makes no sense: {type(error).__name__}: {error}") from error

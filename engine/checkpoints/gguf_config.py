@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoints.config_fields import Fields
+from engine.checkpoints.config_fields import MOST_LAYERS, Fields
 from engine.checkpoints.errors import CheckpointError
 from engine.checkpoints.gguf_file import KINDS, GgufHeader
 
@@ -71,7 +71,7 @@ def config_of_gguf(files: list[tuple[Path, GgufHeader]]) -> GgufConfig:
         "architectures": [architecture],
         "model_type": _MODEL_TYPES.get(architecture, arch),
         "hidden_size": hidden_size,
-        "num_hidden_layers": fields.positive("block_count"),
+        "num_hidden_layers": fields.positive("block_count", most=MOST_LAYERS),
         "num_attention_heads": num_heads,
         "num_key_value_heads": fields.positive("attention.head_count_kv", num_heads),
         "head_dim": head_dim,

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 from engine.checkpoints.architectures import about, canonical_name
-from engine.checkpoints.errors import CheckpointError
+from engine.checkpoints.errors import CheckpointError, makes_sense
 from engine.checkpoints.expert_layout import as_stored
 from engine.checkpoints.gguf_reader import GgufReader
 from engine.checkpoints.mapped_file import MappedFile
 from engine.checkpoints.model_config import ModelConfig
-from engine.checkpoints.plain_file import PlainFile
+from engine.checkpoints.plain_file import PlainFile, WeightFile
 from engine.checkpoints.safetensors_reader import SafetensorsReader
 from engine.checkpoints.task import Task
 from engine.checkpoints.weights import Place, WeightReader, row_ranges
@@ -36,7 +36,13 @@ def open_weights(
     task: with it, also the weights of the dense modules behind the model. mapped: read through mapped pages, which is
     quickest; else by calls, which raise where a file has been cut short (see `PlainFile`). Raises CheckpointError.
     """
-    open_file = MappedFile if mapped else PlainFile
+    with makes_sense(source.path):
+        return _open(source, config, task, MappedFile if mapped else PlainFile)
+
+
+def _open(
+    source: ModelSource, config: ModelConfig, task: Task | None, open_file: Callable[[Path], WeightFile]
+) -> WeightReader:
     if source.kind == "gguf":
         return GgufReader(Path(source.path), config, open_file)
     folder = Path(source.path)

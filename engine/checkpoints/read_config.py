@@ -13,8 +13,8 @@ from typing import Any
 import msgspec
 
 from engine.checkpoints.architectures import ENCODERS, about
-from engine.checkpoints.config_fields import Fields
-from engine.checkpoints.errors import CheckpointError
+from engine.checkpoints.config_fields import MOST_LAYERS, Fields
+from engine.checkpoints.errors import CheckpointError, makes_sense
 from engine.checkpoints.gguf_config import config_of_gguf
 from engine.checkpoints.gguf_file import read_gguf_header
 from engine.checkpoints.gguf_split import split_files
@@ -90,6 +90,11 @@ def read_model_config(source: ModelSource, overrides: dict[str, Any] | None = No
     CheckpointError, which names the field and the value, for what is missing or makes no sense. That an architecture
     can be served is not checked here.
     """
+    with makes_sense(source.path):
+        return _read_config(source, overrides)
+
+
+def _read_config(source: ModelSource, overrides: dict[str, Any] | None) -> ModelConfig:
     if source.kind == "folder":
         folder = Path(source.path)
         raw = _overridden(_read_json(folder / "config.json"), overrides or {})
@@ -122,7 +127,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: is not a JSON object")
@@ -156,7 +161,7 @@ def _read_fields(fields: Fields, generation: dict[str, Any]) -> ModelConfig:
     head_dim = fields.positive("head_dim", fields.defaults.get("head_dim") or hidden_size // num_heads)
     own = gemma3_fields(fields) if family == "Gemma3ForCausalLM" else {}
     rope, rotary_dim = read_rope(own.pop("rope_fields", fields), head_dim)
-    sliding_window, layer_is_sliding = _sliding(fields, family, fields.positive("num_hidden_layers"))
+    sliding_window, layer_is_sliding = _sliding(fields, family, fields.positive("num_hidden_layers", most=MOST_LAYERS))
     attention_bias, output_bias, mlp_bias = _biases(fields, family)
     vocab_size = fields.positive("vocab_size")
     return ModelConfig(

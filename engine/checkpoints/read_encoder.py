@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine.checkpoints.config_fields import Fields
+from engine.checkpoints.config_fields import MOST_LAYERS, Fields
 from engine.checkpoints.errors import CheckpointError
 from engine.checkpoints.model_config import EncoderConfig, ModelConfig, RopeConfig
 
@@ -43,7 +43,7 @@ def read_encoder(fields: Fields, family: str, dtype: str | None, eos_ids: tuple[
         raise CheckpointError(
             f"{fields.where}: max_position_embeddings is {positions}; pad_token_id {first_position - 1} leaves none"
         )
-    layers = fields.positive("num_hidden_layers")
+    layers = fields.positive("num_hidden_layers", most=MOST_LAYERS)
     eps = fields.positive_number("layer_norm_eps")
     return ModelConfig(
         architecture=fields.architecture,

@@ -9,7 +9,7 @@ import msgspec
 
 from engine.checkpoints.architectures import ENCODERS, about
 from engine.checkpoints.config_fields import Fields
-from engine.checkpoints.errors import CheckpointError
+from engine.checkpoints.errors import CheckpointError, makes_sense
 from engine.checkpoints.model_config import ModelConfig
 from engine.checkpoints.sentence_transformers import DenseModule, SentenceModules, read_sentence_modules
 from engine.config import ModelSource
@@ -49,6 +49,11 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
 
 def read_task(source: ModelSource, config: ModelConfig, *, is_embedding: bool) -> Task:
     """What the model at `source` is to be served for; is_embedding: the flag of that name. Raises CheckpointError."""
+    with makes_sense(source.path):
+        return _task(source, config, is_embedding)
+
+
+def _task(source: ModelSource, config: ModelConfig, is_embedding: bool) -> Task:
     head = about(config.architecture).head
     if head == "classifier":
         return _classifier(source, config)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from engine.checkpoints.errors import CheckpointError
+from engine.checkpoints.errors import CheckpointError, makes_sense
 from engine.checkpoints.folder_tokenizer import load_folder_tokenizer, read_folder_eos_ids, read_folder_templates
 from engine.checkpoints.gguf_file import read_gguf_header
 from engine.checkpoints.gguf_tokenizer import build_gguf_tokenizer, gguf_eos_ids
@@ -27,10 +27,12 @@ def load_tokenizer(source: ModelSource, *, mode: str = "auto", chat_template: st
     Raises CheckpointError, which names the path and what is wrong or missing.
     """
     path = Path(source.path)
-    if source.kind == "gguf":
-        tokenizer = build_gguf_tokenizer(read_gguf_header(path).metadata, path)
-    else:
-        tokenizer = load_folder_tokenizer(path, slow=mode == "slow")
+    with makes_sense(path):
+        if source.kind == "gguf":
+            tokenizer = build_gguf_tokenizer(read_gguf_header(path).metadata, path)
+        else:
+            tokenizer = load_folder_tokenizer(path, slow=mode == "slow")
+        encode(tokenizer, "a")  # a file may be read well and yet not work
     if chat_template is None:
         return tokenizer
     return dataclasses.replace(tokenizer, chat_template=_read_template(chat_template), tool_template=None)
@@ -44,6 +46,11 @@ def read_chat_template(source: ModelSource, chat_template: str | None = None) ->
     if chat_template is not None:
         return _read_template(chat_template)
     path = Path(source.path)
+    with makes_sense(path):
+        return _chat_template(source, path)
+
+
+def _chat_template(source: ModelSource, path: Path) -> str | None:
     if source.kind == "gguf":
         template = read_gguf_header(path).metadata.get("tokenizer.chat_template")
         return template if isinstance(template, str) else None
@@ -63,6 +70,7 @@ def read_eos_ids(source: ModelSource) -> list[int]:
     Raises CheckpointError when there is no tokenizer or it cannot be read.
     """
     path = Path(source.path)
-    if source.kind == "gguf":
-        return gguf_eos_ids(read_gguf_header(path).metadata)
-    return read_folder_eos_ids(path)
+    with makes_sense(path):
+        if source.kind == "gguf":
+            return gguf_eos_ids(read_gguf_header(path).metadata)
+        return read_folder_eos_ids(path)

@@ -116,8 +116,8 @@ def _id_of(backend: tokenizers.Tokenizer, token: str | None) -> int | None:
     return None if token is None else backend.token_to_id(token)
 
 
-def _plausible_length(length: int | float | None) -> int | None:
-    """Configurations without a limit say 1e30; what does not fit 64 bits is no limit."""
-    if length is None or not 0 < length < 2**63:
+def _plausible_length(length: object) -> int | None:
+    """Configurations without a limit say 1e30; what does not fit 64 bits, or is no number, is no limit."""
+    if not isinstance(length, int | float) or not 0 < length < 2**63:
         return None
     return int(length)

@@ -130,6 +130,8 @@ def _check_names(config: ServerConfig, fields: dict[str, ConfigField]) -> None:
 
 
 def _check_tls(config: ServerConfig, fields: dict[str, ConfigField]) -> None:
+    if config.ssl_cert_reqs and config.ssl_ca_certs is None:
+        raise _refuse(fields["ssl_cert_reqs"], config.ssl_cert_reqs, "needs --ssl-ca-certs beside it")
     if config.ssl_certfile is not None:
         if config.ssl_keyfile is None:
             raise _refuse(fields["ssl_certfile"], config.ssl_certfile, "needs --ssl-keyfile beside it")

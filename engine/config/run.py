@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Literal
@@ -11,6 +12,7 @@ import msgspec
 from engine.config.server import ServerConfig
 
 _SERVED = "served.json"
+_STANDING = "standing.json"
 
 
 class ModelSource(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,6 +67,23 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
         return self.pooled is None
 
 
+class Standing(msgspec.Struct, frozen=True, kw_only=True):
+    """What an operator has set since the launch, which every process that is started later begins with.
+
+    log_level: of all processes; None: the launch's. log_requests, log_requests_level, log_requests_format: of the
+    request log; None: the launch's. step_sleep: seconds of sleep before each step. paused: nothing is to be computed.
+    gc_frozen: the collector leaves alone what had been made by then.
+    """
+
+    log_level: str | None = None
+    log_requests: bool | None = None
+    log_requests_level: int | None = None
+    log_requests_format: str | None = None
+    step_sleep: float = 0.0
+    paused: bool = False
+    gc_frozen: bool = False
+
+
 class RunConfig(msgspec.Struct, frozen=True, kw_only=True):
     """One launch: the resolved `ServerConfig` and what the launcher decided beside it.
 
@@ -75,6 +94,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True):
     epoch: generation of the process tree; grows each time a process is replaced.
     launched: names under which the checkpoint of the launch is known, once another one serves (`Served`).
     progress_bar: a person watches the terminal while weights load.
+    standing: what an operator has set since.
     """
 
     server: ServerConfig
@@ -88,6 +108,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True):
     epoch: int = 0
     progress_bar: bool = False
     launched: dict[str, ModelSource] = {}
+    standing: Standing = Standing()
 
 
 class Served(msgspec.Struct, frozen=True, kw_only=True):
@@ -103,11 +124,15 @@ def write_run_config(config: RunConfig, path: Path) -> None:
 
 
 def read_run_config(path: Path) -> RunConfig:
-    """Read what `write_run_config` wrote, with the weights that serve by now (`note_served`).
+    """Read what `write_run_config` wrote, with the weights that serve by now (`note_served`), and what has been set
+    since (`note_standing`).
 
     Raises `msgspec.ValidationError` on a file that is not one.
     """
     run = msgspec.json.decode(path.read_bytes(), type=RunConfig)
+    with contextlib.suppress(FileNotFoundError):
+        standing = msgspec.json.decode((path.parent / _STANDING).read_bytes(), type=Standing)
+        run = msgspec.structs.replace(run, standing=standing)
     try:
         served = msgspec.json.decode((path.parent / _SERVED).read_bytes(), type=Served)
     except FileNotFoundError:
@@ -118,6 +143,11 @@ def read_run_config(path: Path) -> RunConfig:
 def note_served(runtime_dir: str, served: Served) -> None:
     """Note what weights serve from now on, for whoever is started after this."""
     _write_whole(Path(runtime_dir) / _SERVED, msgspec.json.encode(served))
+
+
+def note_standing(runtime_dir: str, standing: Standing) -> None:
+    """Note what an operator has set, for whoever is started after this. Raises OSError."""
+    _write_whole(Path(runtime_dir) / _STANDING, msgspec.json.encode(standing))
 
 
 def with_served(run: RunConfig, served: Served) -> RunConfig:

@@ -66,6 +66,14 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     ssl_keyfile: Annotated[str | None, Flag("TLS key")] = None
     ssl_certfile: Annotated[str | None, Flag("TLS certificate")] = None
     ssl_ca_certs: Annotated[str | None, Flag("TLS certificate authorities")] = None
+    ssl_cert_reqs: Annotated[
+        int,
+        Flag(
+            "certificates of clients, for which --ssl-ca-certs vouch; 0: not asked for, 1: may be shown, 2: must be",
+            minimum=0,
+            maximum=2,
+        ),
+    ] = 0
     ssl_keyfile_password: Annotated[str | None, Flag("password of the TLS key")] = None
     preferred_sampling_params: Annotated[
         dict[str, Any] | None,

@@ -110,7 +110,7 @@ def _threads(config: ServerConfig) -> Finding:
 def _open_files() -> Finding:
     import resource
 
-    from engine.launcher.file_limit import reachable
+    from engine.config.file_limit import reachable
 
     return machine.open_files(reachable(resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 

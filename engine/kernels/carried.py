@@ -24,8 +24,8 @@ def open_carried_exchange(
 
     Everyone's whole parts are carried to everyone and added up there, in the order of the ranks: the sums that gloo
     itself computes depend on where in the message a value stands. store: a torch.distributed.TCPStore, where the ranks
-    find one another. timeout: seconds for the meeting, and later for a rank that stays away. A process can do this once.
-    Raises GroupLostError.
+    find one another. timeout: seconds for the meeting, and later for a rank that stays away. Once in a process. Raises
+    GroupLostError.
     """
     try:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import site
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import engine
+from engine.wire.struck import OWN, blocked
 from engine.wire.to_worker import worker_name
 
 TAIL_LINES = 30
@@ -72,6 +74,7 @@ class Child:
     """A process that was started. Both its stdout and stderr go into `output`, a pipe read without blocking.
 
     started: time.monotonic() then. hung: it was killed here, since it had stopped to show signs of life.
+    stopped: that was somebody else's doing.
     """
 
     program: Program
@@ -80,6 +83,7 @@ class Child:
     tail: deque[str] = field(default_factory=lambda: deque(maxlen=TAIL_LINES))
     started: float = field(default_factory=time.monotonic)
     hung: bool = False
+    stopped: bool = False
     _unfinished: bytes = b""
 
     def read(self) -> tuple[bytes, bool]:
@@ -98,6 +102,26 @@ class Child:
         whole, self._unfinished = arrived[:end], arrived[end:]
         self.tail.extend(line for line in whole.decode(errors="replace").splitlines() if line.strip())
         return whole, ended
+
+    def kill_hung(self) -> None:
+        """Kill it, since it shows no sign of life. One that somebody has stopped hangs through no fault of its own."""
+        import psutil  # of no use to a launch in which nothing hangs
+
+        with contextlib.suppress(psutil.Error):
+            status = psutil.Process(self.process.pid).status()
+            self.stopped = status in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+        self.hung = True
+        self.process.kill()
+
+    def died_by_itself(self, struck: int) -> bool:
+        """Whether it has ended, which must have happened, by what it did, as far as that can be told.
+
+        struck: pid of the process that is known to have been sent its signal.
+        """
+        if self.hung:
+            return not self.stopped
+        code = self.process.returncode
+        return code >= 0 or (-code in OWN and struck != self.process.pid)
 
     def describe_end(self) -> str:
         """How it ended, which must have happened: `scheduler tp0 (pid 7) was killed by SIGKILL`."""
@@ -121,15 +145,16 @@ def start_child(program: Program, config_file: Path, listener: socket.socket) ->
     if program.listens:
         inherited = (listener.fileno(),)
         command += ["--fd", str(listener.fileno())]
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=child_environment(),
-        start_new_session=True,
-        pass_fds=inherited,
-    )
+    with blocked():
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=child_environment(),
+            start_new_session=True,
+            pass_fds=inherited,
+        )
     assert process.stdout is not None
     output = process.stdout.fileno()
     os.set_blocking(output, False)

@@ -19,6 +19,8 @@ LOADING_EXTENSION = 60.0
 """Seconds that a start which makes progress may take from now on, whatever TimeoutStartSec says."""
 LOADING_LOOK = 10.0
 """Seconds between two looks at whether it does."""
+LOAD_EVERY = 5.0
+"""Seconds between two statuses of how many requests there are."""
 _IDLE_SECONDS = 0.05
 """Processor time between two looks that is no progress; the look itself takes a part of it."""
 _VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
@@ -35,6 +37,8 @@ class Notifier:
     beat_every: float | None = None
     _last_beat: float = float("-inf")
     _failed: bool = False
+    _told: str = ""
+    _told_at: float = float("-inf")
     _loaded: threading.Event | None = None
 
     def send(self, **fields: str | int) -> None:
@@ -55,7 +59,15 @@ class Notifier:
 
     def status(self, text: str) -> None:
         """What `systemctl status` shows."""
+        self._told = text
         self.send(STATUS=text)
+
+    def load(self, text: str) -> None:
+        """A status that changes all the time: told when it is another one, and not too often."""
+        now = time.monotonic()
+        if text != self._told and now >= self._told_at + LOAD_EVERY:
+            self._told, self._told_at = text, now
+            self.status(text)
 
     def loading(self, text: str) -> None:
         """Until `ready` or `stopping`, the start gets more time as long as this process and its children work.

@@ -18,7 +18,6 @@ from engine.config import ConfigError, RunConfig, ServerConfig, write_run_config
 from engine.config.logs import set_up_logging
 from engine.launcher.children import PROGRAMS, Program, with_workers
 from engine.launcher.errors import LaunchError
-from engine.launcher.file_limit import raise_file_limit
 from engine.launcher.listen import open_listener, take_listener, url_of
 from engine.launcher.notify import Notifier, take_notifier
 from engine.launcher.resolve import resolve
@@ -46,7 +45,6 @@ def serve(
             log.warning(warning)
         notifier = take_notifier(os.environ)
         passed = take_listener(os.environ)
-        raise_file_limit()
         with passed or open_listener(config.host, config.port) as listener:
             notifier.loading(f"finding the model {config.model_path or '(the bundled one)'}")
             resolved = resolve(config)

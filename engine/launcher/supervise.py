@@ -111,6 +111,8 @@ def supervise(
 
 def _start(tree: Tree, program: Program) -> None:
     tree.board.silence(program.name)
+    if program.name == "scheduler":
+        tree.board.note_load(0, 0)
     child = start_child(program, tree.config_file, tree.listener)
     tree.children.append(child)
     tree.selector.register(child.output, selectors.EVENT_READ, child)
@@ -141,13 +143,15 @@ def _look(tree: Tree) -> int | None:
     ended = [child for child in tree.children if child.process.poll() is not None]
     if tree.giving_up_until is not None:
         return _go_on_giving_up(tree, ended)
-    if ended and (not tree.warm or tree.drain_until is not None):
-        drained = tree.drain_until is not None and _is_drained(ended)
-        return 0 if drained else _report_deaths(tree, ended)
+    if ended and not tree.warm:
+        return _report_deaths(tree, ended)
+    if tree.drain_until is not None and any(child.program.listens for child in ended):
+        return 0 if _is_drained(ended) else _report_deaths(tree, ended)
     for child in ended:
         if child in tree.children:  # it may have gone with another of its group
             _replace(tree, child)
     _start_what_is_due(tree)
+    _tell_load(tree)
     if tree.drain_until is not None and time.monotonic() >= tree.drain_until:
         log.warning("the frontend has not finished in time; requests in flight are cut off")
         return 0
@@ -164,11 +168,7 @@ def _hear(tree: Tree, message: ToLauncher) -> None:
             tree.ready[process] = message
             tree.watchdog.note_loaded(child)
             tree.limits = limits or tree.limits
-            if (
-                tree.limits is not None
-                and not tree.due
-                and all(child.program.name in tree.ready for child in tree.children)
-            ):
+            if tree.limits is not None and _is_whole(tree):
                 tree.frontend.send(Serving(tree.run.epoch, tree.limits))
                 if tree.warm:
                     tree.notifier.status(_serving(tree))
@@ -187,7 +187,19 @@ def _hear(tree: Tree, message: ToLauncher) -> None:
 
 
 def _serving(tree: Tree) -> str:
-    return f"serving {tree.run.server.served_model_name} on {tree.url}"
+    running, waiting = tree.board.load
+    load = f": {running} requests run, {waiting} wait" if running or waiting else ""
+    return f"serving {tree.run.server.served_model_name} on {tree.url}{load}"
+
+
+def _is_whole(tree: Tree) -> bool:
+    return not tree.due and all(child.program.name in tree.ready for child in tree.children)
+
+
+def _tell_load(tree: Tree) -> None:
+    """The status line tells how many requests there are, unless there is something else to tell."""
+    if tree.warm and tree.drain_until is None and tree.giving_up_until is None and _is_whole(tree):
+        tree.notifier.load(_serving(tree))
 
 
 def _log_limits(run: RunConfig, limits: Limits) -> None:
@@ -218,18 +230,17 @@ def _stop(tree: Tree, number: signal.Signals) -> bool:
 
 
 def _is_drained(ended: list[Child]) -> bool:
-    """Whether what has ended is the frontend alone, as it should after its drain."""
-    return all(child.program.listens and child.process.returncode == 0 for child in ended)
+    """Whether the frontend, which has ended, has done so after its drain."""
+    return all(child.process.returncode == 0 for child in ended if child.program.listens)
 
 
 def _kill_hung(tree: Tree) -> None:
     """Kill who shows no sign of life; its death is then dealt with as any other."""
-    if not tree.warm or tree.drain_until is not None:
+    if not tree.warm:
         return
     running = [child for child in tree.children if not child.hung and child.process.poll() is None]
     for child in tree.watchdog.hung(running, tree.ready):
-        child.hung = True
-        child.process.kill()
+        child.kill_hung()
 
 
 def _replace(tree: Tree, child: Child) -> None:
@@ -243,10 +254,9 @@ def _replace(tree: Tree, child: Child) -> None:
     tree.run = msgspec.structs.replace(tree.run, epoch=tree.run.epoch + 1)
     write_run_config(tree.run, tree.config_file)
     if not child.program.listens:
-        suspect = None
-        if name == "scheduler":
-            suspect, tree.board.trial = tree.board.trial or None, 0
-        certain = child.hung or child.process.returncode != -signal.SIGKILL
+        suspect = tree.board.held(name) or None
+        tree.board.hold(name, 0)
+        certain = child.died_by_itself(tree.board.struck)
         tree.frontend.send(Lost(name, tree.run.epoch, suspect, certain))
     _bury(tree, child, "it is started again" + (f" in {delay:g} s" if delay else ""))
     for program in (child.program, *_end_group(tree, child)):

@@ -1,8 +1,8 @@
 """The board: a few numbers in a mapped file of the runtime folder, which outlive the process that wrote them.
 
-Each process writes there, from its own loop, when that last turned: a loop that hangs stops doing so. The scheduler
-writes there whom it has on trial (`scheduler_proc/trials.py`) before it risks a step, and so names the culprit of its
-own death.
+Each process writes there, from its own loop, when that last turned: a loop that hangs stops doing so. It also writes
+there whom it has in hand: the scheduler whom it has on trial (`scheduler_proc/trials.py`), the tokenizer and the
+detokenizer whose text they are about to read or make. One that dies of it has so named the culprit.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from pathlib import Path
 BEATS = 1.0
 """Seconds between two beats of a process that has nothing to do."""
 
-_SLOTS = ("scheduler", "tokenizer", "detokenizer", "frontend", "trial", "keys")
+_SLOTS = (
+    "scheduler", "tokenizer", "detokenizer", "frontend", "keys", "struck", "running", "waiting",
+    "scheduler's hand", "tokenizer's hand", "detokenizer's hand",
+)  # fmt: skip
 _WORKERS = 64
 """Slot of worker 0, which there is not: rank 0 is the scheduler."""
 _SIZE = 8 * 256
@@ -28,8 +31,11 @@ def _slot(process: str) -> int:
 
 
 class Board:
-    """One process's view of it. trial: the key of the request on trial, 0 for none. keys: below this number lie all
-    keys that frontends before this one can have given."""
+    """One process's view of it.
+
+    keys: below this number lie all keys that frontends before this one can have given. struck: pid of the process that
+    somebody else's signal has ended (`engine/wire/struck.py`), 0 for none.
+    """
 
     def __init__(self, runtime_dir: str) -> None:
         descriptor = os.open(Path(runtime_dir) / "board", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -53,13 +59,31 @@ class Board:
         """Forget the beats of a process that is gone."""
         self._slots[_slot(process)] = 0
 
-    @property
-    def trial(self) -> int:
-        return self._slots[_SLOTS.index("trial")]
+    def hold(self, process: str, key: int) -> None:
+        """What `process` does next concerns the request, or the question, `key` alone; 0: no single one."""
+        self._slots[_SLOTS.index(process + "'s hand")] = key
 
-    @trial.setter
-    def trial(self, key: int) -> None:
-        self._slots[_SLOTS.index("trial")] = key
+    def held(self, process: str) -> int:
+        """The key that `process` has in hand; 0 for none."""
+        return self._slots[_SLOTS.index(process + "'s hand")]
+
+    def note_load(self, running: int, waiting: int) -> None:
+        """How many requests the scheduler computes, and how many wait."""
+        self._slots[_SLOTS.index("running")] = running
+        self._slots[_SLOTS.index("waiting")] = waiting
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Requests that run and that wait, as the scheduler has last said."""
+        return self._slots[_SLOTS.index("running")], self._slots[_SLOTS.index("waiting")]
+
+    @property
+    def struck(self) -> int:
+        return self._slots[_SLOTS.index("struck")]
+
+    @struck.setter
+    def struck(self, pid: int) -> None:
+        self._slots[_SLOTS.index("struck")] = pid
 
     @property
     def keys(self) -> int:

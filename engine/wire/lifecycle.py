@@ -46,8 +46,8 @@ class Lost(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Launcher → frontend: `process` has died and is being replaced; `Serving` with this epoch or a later one will say
     that all are there again.
 
-    suspect: key of the request that the scheduler had on trial when it died. certain: whether the trial has killed it;
-    a SIGKILL may also have come from outside.
+    suspect: key of the request or question that it had in hand when it died (`Board.hold`). certain: whether it has
+    died by what it did; it may also have been killed or stopped from outside.
     """
 
     process: str

@@ -6,6 +6,9 @@ from typing import Literal
 
 import msgspec
 
+MOST_SLEEP = 60.0
+"""Seconds that the scheduler may be made to sleep before each step."""
+
 
 class Tune(msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=True):
     """For every process that it passes, in turn; nobody answers.

@@ -8,18 +8,27 @@ import logging
 import os
 import signal
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import zmq
 from setproctitle import setproctitle
 
 from engine.config import ConfigError, RunConfig, faults, read_run_config
+from engine.config.file_limit import raise_file_limit
 from engine.config.logs import set_up_logging
+from engine.wire.board import Board
 from engine.wire.lifecycle import Limits, Ready, ToLauncher
 from engine.wire.sockets import Outbox
+from engine.wire.struck import watch
 
 _PR_SET_PDEATHSIG = 1
+FAILED = 1
+"""Exit code of a process that an exception has ended."""
+
+logger = logging.getLogger(__name__)
 
 
 def arguments(description: str, *, rank: bool = False, listen_fd: bool = False) -> argparse.Namespace:
@@ -40,14 +49,24 @@ def begin(config_path: Path, name: str) -> RunConfig:
     """
     config = read_run_config(config_path)
     _end_with_parent(config.launcher_pid)
+    watch(Board(config.runtime_dir))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     setproctitle(f"tokenmill: {name}")
     try:
-        set_up_logging(config.server.log_level, name, config.server.log_format)
+        level = config.standing.log_level or config.server.log_level
+        set_up_logging(level, name, config.server.log_format, messages=_may_quote(config, name))
+        raise_file_limit()
         faults.arm_from_environment()
     except ConfigError as error:
         sys.exit(f"error: {error}")
     return config
+
+
+def _may_quote(config: RunConfig, name: str) -> bool:
+    """Whether the messages of exceptions may be logged: the scheduler's hold no texts, and whoever has requests logged
+    with their texts has asked for them."""
+    server = config.server
+    return name.startswith("scheduler") or (server.log_requests and server.log_requests_level >= 2)
 
 
 def report_ready(context: zmq.Context[Any], config: RunConfig, name: str, limits: Limits | None = None) -> None:
@@ -55,7 +74,37 @@ def report_ready(context: zmq.Context[Any], config: RunConfig, name: str, limits
     outbox: Outbox[ToLauncher] = Outbox(context, config.runtime_dir, "launcher")
     outbox.send(Ready(name, os.getpid(), limits))
     outbox.close()
-    logging.getLogger(__name__).debug("ready")
+    logger.debug("ready")
+
+
+def play(main: Callable[[], None]) -> None:
+    """Run the `main` of a process. An exception that escapes it, or the work of a thread of its, ends the process."""
+    threading.excepthook = _thread_failed
+    try:
+        main()
+    except SystemExit:
+        raise
+    except BaseException as error:  # the panics of Rust libraries are no Exception
+        fail(error)
+
+
+def fail(error: BaseException) -> NoReturn:
+    """Log `error` with its traceback and end this process here and now, as any other crash would.
+
+    Nothing is waited for. The interpreter's own end joins threads that may have work for minutes, and an event loop's
+    end waits for its connections: until the last of them is done nobody would know that this process is dead.
+    """
+    try:
+        # Its words may quote a prompt: they stand in the traceback alone.
+        logger.critical("%s: nobody caught it, and this process ends", type(error).__name__, exc_info=error)
+        logging.shutdown()
+    finally:
+        os._exit(FAILED)
+
+
+def _thread_failed(what: threading.ExceptHookArgs) -> None:
+    if what.exc_value is not None and not isinstance(what.exc_value, SystemExit):
+        fail(what.exc_value)
 
 
 def _end_with_parent(launcher_pid: int) -> None:

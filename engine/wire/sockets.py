@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Generic, TypeVar
+import logging
+from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
 import zmq
 
 T = TypeVar("T")
+M = TypeVar("M", contravariant=True)
 
+log = logging.getLogger(__name__)
 
-class WireError(RuntimeError):
-    """A frame that is not a message of the expected kind. Both ends run the same release: this is a bug."""
+UNREADABLE = (msgspec.DecodeError, ValueError, RecursionError, MemoryError)
+"""What a decoder raises of bytes that are no message: bad syntax or types, bad UTF-8, nested too deep, too large."""
 
 
 def endpoint(runtime_dir: str, name: str) -> str:
@@ -21,9 +24,14 @@ def endpoint(runtime_dir: str, name: str) -> str:
 
 class Inbox(Generic[T]):
     """The bound end of a PUSH/PULL pair: messages of the union `kind` from any number of senders, in order
-    of arrival (and in order of sending for each sender)."""
+    of arrival (and in order of sending for each sender).
+
+    Both ends run the same release, and only their user can reach the socket: a frame that is no message is a bug, or
+    not ours. It is logged and left out, and what lies behind it is read.
+    """
 
     def __init__(self, context: zmq.Context[Any], runtime_dir: str, name: str, kind: Any) -> None:
+        self._name = name
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(kind)
         self._socket = context.socket(zmq.PULL)
         self._socket.setsockopt(zmq.RCVHWM, 0)
@@ -37,21 +45,30 @@ class Inbox(Generic[T]):
         """Block until a message is there (True) or `seconds` have passed (False); None waits forever."""
         return self._socket.poll(None if seconds is None else int(seconds * 1000)) != 0
 
-    def drain(self) -> list[T]:
-        """All messages that are there now, without waiting. Raises `WireError` on a frame that is none."""
+    def drain(self, most: int | None = None) -> list[T]:
+        """All messages that are there now, or the first `most` of them, without waiting."""
         messages: list[T] = []
-        while True:
+        while most is None or len(messages) < most:
             try:
                 frame = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return messages
             try:
                 messages.append(self._decoder.decode(frame))
-            except msgspec.DecodeError as error:
-                raise WireError(f"a frame of {len(frame)} bytes is not a message: {error}") from error
+            except UNREADABLE as error:
+                # Not the frame itself: it may hold a prompt, and so may what a type's error says of a value.
+                kind = type(error).__name__
+                log.error("The %s left out a frame of %d bytes that is no message: %s", self._name, len(frame), kind)
+        return messages
 
     def close(self) -> None:
         self._socket.close(linger=0)
+
+
+class Sender(Protocol[M]):
+    """What messages of a kind can be sent with."""
+
+    def send(self, message: M) -> None: ...
 
 
 class Outbox(Generic[T]):

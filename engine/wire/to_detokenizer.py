@@ -8,7 +8,7 @@ import msgspec
 from engine.wire.operation import Profiled, Tune
 from engine.wire.results import Finish, InputLogprobs, TokenLogprobs
 from engine.wire.sampling import TextOptions
-from engine.wire.to_frontend import Ended, ExpertsRecorded, Flushed, StartedOver, State, Vectors
+from engine.wire.to_frontend import Ended, ExpertsRecorded, Failed, Flushed, StartedOver, State, Vectors
 from engine.wire.weights import WeightAnswer
 
 NO_TOKEN = -1
@@ -64,5 +64,5 @@ class Detokenize(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 ToDetokenizer = (
     StepOutput | Detokenize | Ended | Vectors | Flushed | State | StartedOver | ExpertsRecorded | WeightAnswer
-    | Profiled | Tune
+    | Profiled | Tune | Failed
 )  # fmt: skip

@@ -141,8 +141,15 @@ class Detokenized(msgspec.Struct, frozen=True, array_like=True, tag=True):
     bad_ids: bool = False
 
 
+class Failed(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Answer to any question that the scheduler has failed to carry out, in place of the question's own."""
+
+    key: int
+    message: str
+
+
 FromRing = (
     Accepted | Ended | TextStep | Vectors | Flushed | State | StartedOver | ExpertsRecorded | WeightAnswer | Tokenized
-    | Detokenized | Profiled
+    | Detokenized | Profiled | Failed
 )  # fmt: skip
 ToFrontend = FromRing | FromLauncher

@@ -14,8 +14,12 @@ log = logging.getLogger(__name__)
 def tune(message: Tune) -> None:
     """Obey `message` in this process."""
     if message.log_level is not None:
-        set_level(message.log_level)
-        log.info("log level: %s", message.log_level)
+        try:
+            set_level(message.log_level)
+        except ValueError:
+            log.exception("there is no such log level as %r", message.log_level)
+        else:
+            log.info("log level: %s", message.log_level)
     if message.freeze_gc:
         gc.collect()
         gc.freeze()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import random
+from typing import Any
 
 import pytest
 
+from detokenizer_proc.__main__ import handle
 from detokenizer_proc.replies import detokenized
 from detokenizer_proc.request import RequestText
 from detokenizer_proc.steps import StepDecoder
@@ -16,7 +18,13 @@ from engine.wire.results import Finish, InputLogprobs, TokenLogprobs
 from engine.wire.sampling import TextOptions
 from engine.wire.to_detokenizer import NO_TOKEN, Detokenize, Opened, StepOutput
 from engine.wire.to_frontend import TextStep
+from engine.wire.to_scheduler import StopSeen
 from tests.tokenizer_models import byte_level
+
+
+class Sent(list[Any]):
+    def send(self, message: Any) -> None:
+        self.append(message)
 
 
 @functools.cache
@@ -182,3 +190,24 @@ def test_detokenize_gives_back_the_text() -> None:
     ids = [encode(tokenizer(), text, add_special_tokens=True) for text in ("Hello 日本", "")]
     assert detokenized(Detokenize(4, [*ids, []], True), tokenizer(), 421).texts == ["Hello 日本", "", ""]
     assert detokenized(Detokenize(4, ids[:1], False), tokenizer(), 421).texts == ["<s>Hello 日本"]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"attempts": []},
+        {"attempts": [0, 0, 0]},
+        {"finished": {2: Finish("length", length=1)}},
+        {"finished": {-1: Finish("stop")}},
+    ],
+)
+def test_a_step_whose_columns_do_not_fit_ends_the_requests_it_names(broken: dict[str, object]) -> None:
+    decoder = StepDecoder(tokenizer())
+    decoder.decode(step([(1, 40), (2, 41), (3, 42)], [opened(1), opened(2), opened(3)]))
+    frontend, scheduler = Sent(), Sent()
+    message = step([(1, 43), (2, 44)], **broken)
+    handle(message, decoder, tokenizer(), 300, frontend, scheduler)
+    assert [(one.key, one.attempt, one.finish.status) for one in frontend] == [(1, 0, 500), (2, 0, 500)]
+    assert scheduler == [StopSeen([1, 2], [0, 0])]
+    assert decoder.num_requests == 1
+    assert shown(decoder, step([(3, 42)])).keys == [3]

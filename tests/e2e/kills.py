@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import os
 import random
 import signal
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import httpx
 import psutil
 
 from engine.bench.live_server import LiveServer
+from engine.config import faults
 
 Json = dict[str, Any]
+Drive = Callable[[httpx.AsyncClient], Awaitable[Any]]
+Way = signal.Signals | Literal["exception"]
+"""How a process comes to its end."""
 
 MODULES = {
     "tokenizer": "tokenizer_proc",
@@ -52,8 +59,81 @@ def kill(server: LiveServer, process: str, number: signal.Signals) -> int:
 
 async def another(server: LiveServer, process: str, pid: int) -> None:
     """Wait until another process than `pid` plays `process`."""
+    await until(lambda: pid_of(server, process) not in (pid, None), server)
+
+
+@dataclass
+class Target:
+    """A live server whose processes are to end, and how. thrown: folder of the files that have a loop raise."""
+
+    live: LiveServer
+    http: httpx.AsyncClient
+    thrown: Path
+
+    async def end(self, process: str, way: Way) -> int:
+        """End who plays `process`; returns the pid. An exception has been raised when this returns."""
+        if not isinstance(way, str):
+            return kill(self.live, process, way)
+        pid = pid_of(self.live, process)
+        assert pid is not None, f"there is no {process}\n{self.live.log()}"
+        file = self.thrown / process
+        file.touch()
+        deadline = time.monotonic() + PATIENCE
+        while file.exists():
+            assert time.monotonic() < deadline, self.live.log()
+            with contextlib.suppress(httpx.TransportError):  # goes round the ring, so that every loop turns at once
+                await self.http.get("/server_info", timeout=0.05)
+        return pid
+
+    async def end_for_good(self, process: str, way: Way) -> int:
+        """`end`, and wait until the frontend has gone on with another (which must not be its own)."""
+        log_size = self.live.log_path.stat().st_size
+        pid = await self.end(process, way)
+        await self.logged("whole again", log_size)
+        return pid
+
+    async def slow(self, seconds: float | None) -> None:
+        """Have this scheduler sleep before each step: the tiny model would end all requests while a busy machine still
+        sees to the end of a process."""
+        (await self.http.post("/slow_down", json={"forward_sleep_time": seconds})).raise_for_status()
+
+    async def another(self, process: str, pid: int) -> None:
+        """Wait until another process than `pid` plays `process`."""
+        await another(self.live, process, pid)
+
+    async def logged(self, words: str, since: int) -> None:
+        """Wait until `words` are in the log, behind its first `since` bytes."""
+        await until(lambda: words in log_since(self.live, since), self.live)
+
+    async def has_requests(self, count: int) -> None:
+        """Wait until the scheduler has taken in so many requests."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            state = (await self.http.get("/server_info")).json()["internal_states"][0]
+            if state["num_running_reqs"] + state["num_waiting_reqs"] >= count:
+                return
+            assert time.monotonic() < deadline, state
+
+
+def in_loops(thrown: Path) -> str:
+    """What TOKENMILL_FAULTS is to be for `Target.end` with an exception."""
+    there = [{"where": "loop", "process": name, "file": str(thrown / name), "what": "raise"} for name in MODULES]
+    text = json.dumps(there)
+    faults.arm(text)  # checks it
+    faults.arm(None)
+    return text
+
+
+def log_since(server: LiveServer, size: int) -> str:
+    """The log behind its first `size` bytes."""
+    with server.log_path.open("rb") as file:
+        file.seek(size)
+        return file.read().decode(errors="replace")
+
+
+async def until(condition: Callable[[], bool], server: LiveServer) -> None:
     deadline = time.monotonic() + PATIENCE
-    while pid_of(server, process) in (pid, None):
+    while not condition():
         assert time.monotonic() < deadline, server.log()
         await asyncio.sleep(0.01)
 
@@ -69,6 +149,16 @@ async def whole(http: httpx.AsyncClient) -> None:
             pass
         assert time.monotonic() < deadline
         await asyncio.sleep(0.02)
+
+
+def drive(server: LiveServer, work: Drive) -> Any:
+    async def run() -> Any:
+        limits = httpx.Limits(max_connections=100)
+        async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits, trust_env=False) as http:
+            await whole(http)
+            return await work(http)
+
+    return asyncio.run(run())
 
 
 def decodes(tokens: int) -> list[Json]:
@@ -119,6 +209,7 @@ class Stream:
     lists: Json = field(default_factory=dict)
     meta: Json = field(default_factory=dict)
     at: list[float] = field(default_factory=list)
+    ended: bool = False
 
     async def run(self, http: httpx.AsyncClient) -> Stream:
         self.at.append(time.monotonic())
@@ -130,6 +221,7 @@ class Stream:
                     chunk = json.loads(line.removeprefix("data: "))
                     assert "error" not in chunk, chunk
                     self._add(chunk)
+        self.ended = True
         return self
 
     def _add(self, chunk: Json) -> None:
@@ -178,11 +270,15 @@ class Running:
             assert not self._task.done() or self._task.exception() is None
             await asyncio.sleep(0.005)
 
-    async def progress(self) -> None:
-        """Wait until some stream has a new token."""
-        before = sum(stream.tokens for stream in self.streams)
-        await asyncio.sleep(0.05)
-        while sum(stream.tokens for stream in self.streams) == before and not self._task.done():  # noqa: ASYNC110
+    async def progress(self, streams: int = 1, tokens: int = 1) -> None:
+        """Wait until so many streams have so many new tokens each, or have ended."""
+        before = [stream.tokens for stream in self.streams]
+
+        def going_on() -> int:
+            pairs = zip(self.streams, before, strict=True)
+            return sum(stream.ended or stream.tokens >= had + tokens for stream, had in pairs)
+
+        while going_on() < streams and not self._task.done():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 
     async def answers(self) -> list[Json]:

@@ -22,6 +22,7 @@ from engine.kernels.kv_cache import allocate_kv_cache
 from engine.models.model import Model
 from engine.models.registry import build_model
 
+pytestmark = pytest.mark.slow
 NEW_TOKENS = 32
 ROOM = 256
 """Slots of each sequence."""

@@ -40,6 +40,10 @@ PROMPTS = [
 ]
 
 
+JUDGED: set[str] = set()
+"""Answers that are right."""
+
+
 def generate(server: LiveServer, texts: list[str], at_once: int) -> list[dict[str, Any]]:
     """Each text as a request of its own, `at_once` of them in flight."""
 
@@ -59,12 +63,15 @@ def generate(server: LiveServer, texts: list[str], at_once: int) -> list[dict[st
 
 
 def check(oracle: Any, answers: list[dict[str, Any]]) -> None:
-    """Judge the answers; equal ones only once."""
-    different = {json.dumps([a["prompt_token_ids"], a["output_ids"]]): a for a in answers}
-    for answer in different.values():
+    """Judge the answers; those that are equal to the last bit of their logprobs only once."""
+    for answer in answers:
+        prompt, output = answer["prompt_token_ids"], answer["output_ids"]
         logprobs = [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]
-        assert len(answer["output_ids"]) == NEW_TOKENS
-        check_greedy(oracle, answer["prompt_token_ids"], answer["output_ids"], logprobs)
+        content = json.dumps([prompt, output, logprobs])
+        if content not in JUDGED:
+            assert len(output) == NEW_TOKENS
+            check_greedy(oracle, prompt, output, logprobs)
+            JUDGED.add(content)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +88,7 @@ def test_cold_one_by_one_and_warm(server: LiveServer, oracle: Any) -> None:
         assert answer["meta_info"]["cached_tokens"] == answer["meta_info"]["prompt_tokens"] - 1
 
 
-@pytest.mark.parametrize("at_once", [7, 32])
+@pytest.mark.parametrize("at_once", [pytest.param(7, marks=pytest.mark.slow), 32])
 def test_in_batches(server: LiveServer, oracle: Any, at_once: int) -> None:
     httpx.post(f"{server.url}/flush_cache").raise_for_status()
     check(oracle, generate(server, (PROMPTS * 2)[: max(at_once, 20)], at_once))

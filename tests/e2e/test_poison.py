@@ -73,6 +73,24 @@ def test_the_culprit_alone(tiny_model: Path, calm: list[Json], fault: Json, word
         assert "Traceback" in log or fault["what"] == "memory"
 
 
+@pytest.mark.parametrize("process", ["tokenizer", "detokenizer"])
+def test_a_text_that_kills_its_reader(tiny_model: Path, calm: list[Json], process: str) -> None:
+    """It takes the process down twice, and then has its 500; streams go on, and so do questions."""
+    fault = {"token": POISON, "where": process.removesuffix("r"), "what": "segv"}
+    with running_server(*FLAGS, model=tiny_model, env={"TOKENMILL_FAULTS": json.dumps([fault])}) as server:
+        api = Api(server.url)
+        found = outcomes(api)
+        for i, (mine, undisturbed) in enumerate(zip(found, calm, strict=True)):
+            if i == CULPRIT:
+                end: Any = mine["meta_info"]["finish_reason"]
+                assert end["type"] == "abort" and end["status_code"] == 500
+                assert f"Request stream-13 was in the hands of the {process} at 2 of its deaths" in end["message"]
+            else:
+                assert mine["output_ids"] == undisturbed["output_ids"] and mine["text"] == undisturbed["text"]
+        assert server.log().count("was killed by SIGSEGV") == 2
+        api.wait_idle()
+
+
 def test_malformed_faults_are_refused(tiny_model: Path) -> None:
     with (
         pytest.raises(Exception, match="TOKENMILL_FAULTS"),

@@ -43,8 +43,14 @@ def bodies() -> list[tuple[str, Any]]:
     ]
 
 
+# Fails with an error whose message quotes the text.
+QUOTING = "{{ ''.encode(messages[0].content) }}"
+
+
 def test_prompts_are_not_in_the_log(tmp_path: Path) -> None:
-    with running_server("--log-level", "debug", env={"TMPDIR": str(tmp_path)}) as server:
+    (tmp_path / "template").write_text(QUOTING)
+    flags = ("--log-level", "debug", "--chat-template", str(tmp_path / "template"))
+    with running_server(*flags, env={"TMPDIR": str(tmp_path)}) as server:
         with httpx.Client(base_url=server.url, timeout=60) as client:
             statuses = [client.post(path, json=body).status_code for path, body in bodies()]
             assert {200, 400} <= set(statuses)
@@ -53,7 +59,9 @@ def test_prompts_are_not_in_the_log(tmp_path: Path) -> None:
                 answer = client.post("/generate", content=broken, headers={"content-type": "application/json"})
                 assert answer.status_code == 400
             assert client.post("/generate", content=raw, headers={"content-type": MARK}).status_code == 400
+            quoted = client.post("/tokenize", json={"messages": [{"role": "user", "content": MARK}]})
+            assert quoted.status_code == 500 and MARK in quoted.text
         log = server.log()
-    assert "DEBUG" in log
+    assert "DEBUG" in log and "LookupError: (its message may quote a request)" in log
     assert MARK not in log
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and MARK.encode() in path.read_bytes()]

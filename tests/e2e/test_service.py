@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import sys
@@ -17,7 +18,7 @@ import pytest
 from service_manager import service
 from test_launch import LONG, chunks
 
-from engine.bench.live_server import running_server
+from engine.bench.live_server import LiveServer, running_server
 from engine.launcher.children import child_environment
 
 SERVE = [sys.executable, "-P", "-m", "engine", "serve", "--log-level", "info"]
@@ -105,17 +106,32 @@ def test_a_second_signal_under_load_ends_at_once() -> None:
 
 
 def test_a_killed_launcher_leaves_nothing_behind_under_load() -> None:
-    """No process and no listening port (its folder is the next launch's to remove: test_launcher)."""
+    """No process, not even one that hangs or has just been born, and no listening port (its folder is the next launch's
+    to remove: test_launcher)."""
     with running_server("--skip-server-warmup") as server:
         family = [psutil.Process(pid) for pid in server.pids.values()]
         with httpx.stream("POST", f"{server.url}/generate", json=LONG, timeout=120) as answer:
             stream = chunks(answer)
             next(stream)
+            os.kill(server.pids["tokenizer"], signal.SIGSTOP)
+            os.kill(server.pids["scheduler tp0"], signal.SIGKILL)
+            family.append(_newborn(server))
             server.launcher.kill()
             with pytest.raises(httpx.HTTPError):
                 list(stream)
         server.launcher.wait()
-        _, alive = psutil.wait_procs(family, timeout=10)
+        _, alive = psutil.wait_procs(family, timeout=60)
         assert not alive
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{server.url}/health", timeout=5)
+
+
+def _newborn(server: LiveServer) -> psutil.Process:
+    """The first child of the launcher that was not there when the server was ready."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for child in psutil.Process(server.launcher.pid).children():
+            if child.pid not in server.pids.values():
+                return child
+        time.sleep(0.001)
+    raise AssertionError(server.log())

@@ -33,6 +33,7 @@ from engine.wire.to_frontend import (
     Detokenized,
     Ended,
     ExpertsRecorded,
+    Failed,
     Flushed,
     StartedOver,
     State,
@@ -53,6 +54,7 @@ from engine.wire.weights import (
     WeightsUpdated,
 )
 
+Question = FlushCache | QueryState | RecordExperts | WeightControl | Profile
 REPOSITORY = Path(__file__).resolve().parents[2]
 LIMITS = Limits(
     max_total_num_tokens=4096,
@@ -68,14 +70,16 @@ LIMITS = Limits(
 
 class FakeRing:
     """Plays the other processes. `hold`: no steps are made while it is set. `silent`: nothing is answered at all.
+    `broken`: the scheduler fails at every question.
 
     Texts (and documents) that begin with "REFUSE " are refused at the door, with "QUEUE " by the scheduler with 503,
     with "BREAK " they end in a 500 after 3 tokens, with "GARBLE " the ids of their prompts lack a byte. Everything that
-    came is in `seen`. width: of the model's vectors.
+    came is in `seen`. width: of the model's vectors. most_tokens: that a request gets, whatever it asks for.
     """
 
     def __init__(self, runtime_dir: str, step_seconds: float = 0.001, width: int = 3) -> None:
         self.width = width
+        self.runtime_dir = runtime_dir
         self.context: zmq.Context[Any] = zmq.Context()
         self.tokenizer: Inbox[ToTokenizer] = Inbox(self.context, runtime_dir, "tokenizer", ToTokenizer)
         self.detokenizer: Inbox[ToDetokenizer] = Inbox(self.context, runtime_dir, "detokenizer", ToDetokenizer)
@@ -84,11 +88,13 @@ class FakeRing:
         self.step_seconds = step_seconds
         self.hold = threading.Event()
         self.silent = threading.Event()
+        self.broken = threading.Event()
         self.seen: list[Any] = []
         self.running: dict[int, Running] = {}
         self.weight_version = "default"
         self.state: dict[str, Any] = {"last_gen_throughput": 1.5}
         self.profiling = False
+        self.most_tokens: int | None = None
         self.launcher_seen: list[ToLauncher] = []
         self.changed = threading.Condition()
         self._outgoing: list[ToFrontend] = []
@@ -145,6 +151,8 @@ class FakeRing:
         match message:
             case Generate() | Embed() | Judge():
                 self._admit(message)
+            case _ if self.broken.is_set() and isinstance(message, Question):
+                self.frontend.send(Failed(message.key, "internal error: it is broken"))
             case Abort():
                 gone = [key for key in message.keys if key in self.running]
                 for key in gone:
@@ -243,6 +251,8 @@ class FakeRing:
                 one.opened = True
                 begun.append(begun_of(one))
             limit = generate.sampling.max_new_tokens
+            if self.most_tokens is not None:
+                limit = min(limit or 0, self.most_tokens)
             if limit == 0:
                 asked = generate.logprobs.ids if generate.logprobs else []
                 scored = [(fake_logprob(one.prompt, token), token) for token in asked]
@@ -335,9 +345,13 @@ def live_frontend(
     pooled: PooledFacts | None = None,
     judges: bool = False,
     epoch: int = 0,
+    stderr: Any = subprocess.PIPE,
     **server: Any,
 ) -> Iterator[Live]:
-    """Start `python -m http_frontend` on an inherited listening socket, and end it by its pid."""
+    """Start `python -m http_frontend` on an inherited listening socket, and end it by its pid.
+
+    stderr: where its log goes; a pipe that nobody reads holds 64 KiB of it.
+    """
     with tempfile.TemporaryDirectory(prefix="tm") as folder:
         config_path = Path(folder) / "config.json"
         run = run_config(folder, os.getpid(), pooled=pooled, judges=judges, **server)
@@ -349,7 +363,7 @@ def live_frontend(
             [sys.executable, "-m", "http_frontend", "--config", str(config_path), "--fd", str(listener.fileno())],
             cwd=REPOSITORY,
             pass_fds=(listener.fileno(),),
-            stderr=subprocess.PIPE,
+            stderr=stderr,
         )
         listener.close()
         live = Live(ring, process, port)

@@ -20,6 +20,7 @@ from engine.config import write_run_config
 from engine.wire.lifecycle import Serving
 from engine.wire.to_scheduler import QueryState
 from engine.wire.to_tokenizer import Generate
+from engine.wire.weights import UpdateWeights, WeightsUpdated
 from http_frontend.pulse import FRESH
 
 
@@ -129,6 +130,29 @@ def test_drain_answers_even_when_the_scheduler_is_silent() -> None:
         live.drain(0.1)
         assert running.result().json()["meta_info"]["finish_reason"]["type"] == "abort"
         assert live.process.wait(20) == 0
+
+
+def test_drain_lets_questions_have_their_answers() -> None:
+    """A weight update is waited for, and so is its caller told; what is not answered in time is a 503."""
+    for seconds, answered in ((30, True), (0.2, False)):
+        with live_frontend(log_level="warning") as live, ThreadPoolExecutor(2) as pool:
+            live.ring.silent.set()
+            update = pool.submit(live.client.post, "/update_weights", json={"model_path": "org/new"})
+            live.ring.wait_for(lambda live=live: bool(live.ring.kinds(UpdateWeights)))
+            live.drain(seconds)
+            while live.client.get("/health").status_code == 200:
+                pass
+            if answered:
+                (asked,) = live.ring.kinds(UpdateWeights)
+                live.ring.send(
+                    WeightsUpdated(
+                        key=asked.key, success=True, message="done", weight_version="2", model_path=None, paused=False
+                    )
+                )
+            told = update.result()
+            assert (told.status_code, told.json()["success"]) == ((200, True) if answered else (503, False))
+            assert answered or "shutting down" in told.json()["message"]
+            assert live.process.wait(20) == 0
 
 
 def test_a_failed_warm_up_ends_the_process_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -191,3 +192,17 @@ def test_many_streams_at_once_leave_nothing_behind(live: Live) -> None:
             break
         live.client.get("/health")
     assert frontend.num_fds() <= descriptors + 2
+
+
+@pytest.mark.parametrize("path", ["/generate", "/tokenize", "/abort_request", "/v1/score", "/pause_generation"])
+def test_a_client_that_hangs_up_in_the_middle_of_its_body_is_no_error(path: str) -> None:
+    """It is nothing that the log should hold a traceback of: any client could fill it."""
+    with live_frontend() as live:
+        with live.socket() as client:
+            client.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{{".encode())
+            client.shutdown(socket.SHUT_WR)
+            assert client.recv(100) == b""
+        assert live.client.get("/health").status_code == 200
+        assert live.process.stderr is not None
+        os.set_blocking(live.process.stderr.fileno(), False)
+        assert b"Traceback" not in (live.process.stderr.read() or b"")

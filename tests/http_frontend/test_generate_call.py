@@ -20,6 +20,7 @@ from http_frontend.generate import GenerateEndpoint
 from http_frontend.items import Desk
 from http_frontend.journal import Journal
 from http_frontend.metrics import Metrics
+from http_frontend.turnstile import Turnstile
 
 
 @pytest.mark.parametrize("samples", [1, 2])
@@ -48,7 +49,7 @@ def test_a_call_that_cannot_be_sent_leaves_no_entry(samples: int, caplog: pytest
         run = run_config("/nowhere", 1)
         frontend = SimpleNamespace(
             run=run, journal=journal, loop=asyncio.get_running_loop(), weight_version="w", check_open=lambda: None,
-            check_room=lambda _messages: None,
+            check_any_room=lambda: None, check_room=lambda _messages: None, turnstile=Turnstile(),
             desk=Desk(run, None, itertools.count(1).__next__, random.Random(0), journal.is_running), metrics=Metrics(),
         )  # fmt: skip
         scope = {"type": "http", "headers": [(b"content-type", b"application/json")]}

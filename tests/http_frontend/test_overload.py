@@ -298,3 +298,59 @@ def test_connections_beyond_the_limit_push_out_idle_ones() -> None:
             assert client.get("/health").status_code == 200
         for connection in (first, *others):
             connection.close()
+
+
+def test_in_a_rush_everyone_is_answered_and_health_passes_by() -> None:
+    with live_frontend(max_queued_requests=2) as live, ThreadPoolExecutor(1) as pool:
+        live.ring.hold.set()
+        batch = pool.submit(live.client.post, "/generate", json=call(["ab"] * (RUNNING + 2)))
+        live.ring.wait_for(lambda: len(live.ring.running) == RUNNING + 2)
+        body = json.dumps(call("a")).encode()
+        rush = [send(live, "/generate", body, f"Content-Length: {len(body)}") for _ in range(300)]
+        assert live.client.get("/health").status_code == 200
+        # The body comes after the head, the client leaves before its turn has come.
+        late = send(live, "/generate", b"", f"Content-Length: {len(body)}")
+        send(live, "/generate", body, f"Content-Length: {len(body)}").close()
+        late.sendall(body)
+        assert {status_of(connection) for connection in [*rush, late]} == {503}
+        for connection in [*rush, late]:
+            connection.close()
+        live.ring.hold.clear()
+        assert batch.result().status_code == 200
+        assert live.client.post("/generate", json=call("a")).status_code == 200
+
+
+def test_idle_connections_give_way_to_new_ones() -> None:
+    with live_frontend(max_open_streams=8) as live, ThreadPoolExecutor(1) as pool:
+        live.ring.hold.set()
+        busy = pool.submit(live.client.post, "/generate", json=call("abc"))
+        live.ring.wait_for(lambda: bool(live.ring.running))
+        idle = [live.socket() for _ in range(600)]
+        in_time(lambda: psutil.Process(live.process.pid).num_fds() < 300)
+        last = idle[-1]
+        last.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert status_of(last) == 200
+        live.ring.hold.clear()
+        assert busy.result().status_code == 200
+        for connection in idle:
+            connection.close()
+
+
+def test_a_body_of_millions_of_lists_is_refused_unread(live: Live) -> None:
+    headers = {"content-type": "application/json"}
+    process = psutil.Process(live.process.pid)
+    before = process.memory_info().rss
+    for path, field, one in (
+        ("/generate", "sampling_params", "{}"),
+        ("/generate", "custom_labels", "[]"),
+        ("/encode", "nothing", "[]"),
+        ("/tokenize", "messages", "{}"),
+    ):
+        body = f'{{"text": "a", "{field}": [' + ",".join([one] * 2_000_000) + "]}"
+        refused = live.client.post(path, content=body, headers=headers)
+        assert (refused.status_code, "2000002 lists and objects" in refused.text) == (400, True), refused.text
+    brackets = live.client.post("/generate", json=call("[{" * 1_000_000))
+    assert brackets.status_code == 200
+    unfinished = '{"text": "' + '\\"[' * 1_000_000
+    assert live.client.post("/generate", content=unfinished, headers=headers).status_code == 400
+    assert process.memory_info().rss < before + (256 << 20)

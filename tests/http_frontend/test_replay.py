@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,11 +14,13 @@ import pytest
 from fake_messages import text_of
 from fake_ring import LIMITS, Live, call, events, expected, live_frontend
 
-from engine.config.run import PooledFacts
+from engine.config import read_run_config
+from engine.config.run import PooledFacts, Standing
 from engine.wire.lifecycle import GiveUp, Lost, Serving, Warm
+from engine.wire.operation import SlowDown, Tune
 from engine.wire.to_scheduler import FlushCache, QueryState, StartOver
 from engine.wire.to_tokenizer import Embed, Generate, Tokenize
-from engine.wire.weights import ContinueGeneration, PauseGeneration
+from engine.wire.weights import ContinueGeneration, PauseGeneration, UpdateWeights
 
 POOL = ThreadPoolExecutor(16)
 
@@ -186,6 +189,71 @@ def test_a_pause_outlives_the_scheduler(live: Live) -> None:
         assert live.ring.kinds(StartOver)[-1].paused is paused
         live.client.post("/pause_generation", json={"mode": "in_place"})  # the fake scheduler has forgotten
     assert len(live.ring.kinds(PauseGeneration)) == 3 and not live.ring.kinds(ContinueGeneration)
+
+
+def test_what_has_been_set_is_noted_and_told_again(live: Live) -> None:
+    live.client.post("/configure_logging", json={"log_level": "Warning", "log_requests_level": 0})
+    live.client.post("/slow_down", json={"forward_sleep_time": 0.01})
+    live.lose("scheduler", 1)
+    live.client.post("/slow_down", json={"forward_sleep_time": 0.02})  # nobody is there to hear it
+    live.client.post("/freeze_gc")
+    count = len(live.ring.seen)
+    live.replace(1)
+    live.ring.wait_for(lambda: any(isinstance(message, SlowDown) for message in live.ring.seen[count:]))
+    again = [message for message in live.ring.seen[count:] if isinstance(message, Tune | SlowDown)]
+    assert again == [Tune(log_level="warning", freeze_gc=True), SlowDown(0.02)]
+    live.client.post("/pause_generation", json={"mode": "in_place"})
+    standing = read_run_config(Path(live.ring.runtime_dir) / "config.json").standing
+    assert standing == Standing(
+        log_level="warning", log_requests=False, log_requests_level=0, log_requests_format="text", step_sleep=0.02,
+        paused=True, gc_frozen=True,
+    )  # fmt: skip
+    live.client.post("/continue_generation", json={})
+    assert not read_run_config(Path(live.ring.runtime_dir) / "config.json").standing.paused
+
+
+def test_who_kills_the_reader_of_its_text_is_told_so(live: Live) -> None:
+    """Twice by its own doing, or at the third time; a request or a question, and nobody else."""
+    live.ring.silent.set()
+    calls = [
+        begin(live, "/tokenize", prompt="bad"),
+        begin(live, **call("bad", 9, rid="bad")),
+        begin(live, **call("ok", 9)),
+    ]
+    live.ring.wait_for(lambda: len(live.ring.kinds(Generate)) == 3 and len(live.ring.kinds(Tokenize)) == 1)
+    keys = [live.ring.kinds(Tokenize)[0].key, live.ring.by_rid("bad").key]
+    for epoch, (key, certain) in enumerate(
+        zip([*keys, *keys, keys[1]], [True, False, True, False, False], strict=True), 1
+    ):
+        assert not calls[1].done()
+        live.lose("tokenizer", epoch, suspect=key, certain=certain)
+    told = [one.result() for one in calls[:2]]
+    assert [one.status_code for one in told] == [500, 500]
+    assert "in the hands of the tokenizer at 2 of its deaths" in told[0].text
+    assert "Request bad was in the hands of the tokenizer at 3 of its deaths" in told[1].text
+    live.replace(5)
+    assert calls[2].result().json()["text"] == expected("ok", 9)[0]
+
+
+def test_a_question_that_the_scheduler_dies_of_again_and_again_is_given_up(live: Live) -> None:
+    live.ring.silent.set()
+    update = begin(live, "/update_weights", model_path="deadly")
+    live.ring.wait_for(lambda: bool(live.ring.kinds(UpdateWeights)))
+    for epoch in (1, 2, 3):
+        assert not update.done()
+        live.lose("scheduler", epoch)
+        late = begin(live, "/get_weights_by_name", name="w", truncate_size=1)
+        count = len(live.ring.kinds(UpdateWeights))
+        live.ring.send(Serving(epoch, LIMITS))
+        live.ring.wait_for(lambda epoch=epoch: len(live.ring.kinds(StartOver)) == epoch)
+        if epoch == 3:
+            assert len(live.ring.kinds(UpdateWeights)) == count
+    told = update.result()
+    assert told.status_code == 500 and "asked at 3 deaths of the scheduler" in told.json()["message"]
+    live.ring.silent.clear()
+    live.lose("scheduler", 4)
+    live.replace(4)
+    assert late.result().status_code == 200
 
 
 def test_a_frontend_after_another_starts_over_and_serves_at_once() -> None:

@@ -102,7 +102,7 @@ def test_an_abort_fails_the_call(pairs: Live, judge: Live) -> None:
         ({"documents": ["a"] * 65537}, "documents may have at most 65536 entries, got 65537."),
         (
             {"query": "q" * 5000, "documents": ["a"] * 50000},
-            "query of length 5000, once for each of 50000 items, exceeds 134217728 in all.",
+            "query of length 5000, once for each of 50000 items, exceeds 67108864 in all.",
         ),
     ],
 )

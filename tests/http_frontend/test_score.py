@@ -105,8 +105,8 @@ def test_softmax_order_kinds_and_own_labels(live: Live) -> None:
         ),
         ({"query": "REFUSE this"}, "thisa"),
         (
-            {"items": ["a"] * 65536, "query": "q" * 2049},
-            "query of length 2049, once for each of 65536 items, exceeds 134217728 in all.",
+            {"items": ["a"] * 65536, "query": "q" * 1025},
+            "query of length 1025, once for each of 65536 items, exceeds 67108864 in all.",
         ),
     ],
 )  # fmt: skip

@@ -61,6 +61,27 @@ def test_an_update_renames_the_model(own: Live) -> None:
     assert client.get("/update_weights").status_code == 405
 
 
+def test_what_fails_in_the_scheduler_is_a_500_that_says_so() -> None:
+    words = "internal error: it is broken"
+    with live_frontend(expert_distribution_recorder_mode="stat", enable_metrics=True) as live:
+        live.ring.broken.set()
+        for method, path, body in (
+            ("GET", "/server_info", None), ("POST", "/flush_cache", None), ("POST", "/start_profile", None),
+            ("POST", "/stop_profile", None), ("POST", "/start_expert_distribution_record", None),
+            ("POST", "/dump_expert_distribution_record", None), ("POST", "/get_weights_by_name", {"name": "w"}),
+            ("POST", "/update_weight_version", {"new_version": "2"}), ("POST", "/pause_generation", {}),
+            ("POST", "/continue_generation", {}),
+        ):  # fmt: skip
+            answer = live.client.request(method, path, json=body)
+            assert (answer.status_code, answer.json()) == (500, {"error": {"message": words}}), path
+        updated = live.client.post("/update_weights_from_disk", json={"model_path": "org/new"})
+        assert (updated.status_code, updated.json()["success"], updated.json()["message"]) == (500, False, words)
+        assert live.client.get("/health").status_code == live.client.get("/metrics").status_code == 200
+        live.ring.broken.clear()
+        assert live.client.get("/server_info").json()["status"] == "ready"
+        assert live.client.post("/flush_cache").status_code == 200
+
+
 @pytest.mark.parametrize(
     ("path", "body", "aborts"),
     [

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import logging
+import os
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from engine.models.model import Model
 from engine.models.registry import build_model
 from engine.wire.to_frontend import ExpertsRecorded
 from engine.wire.to_scheduler import RecordExperts
+from scheduler_proc.record_spool import Spool
 from scheduler_proc.recorder import Recorder, recorder_settings
 from scheduler_proc.runner import Runner
 from scheduler_proc.scheduler import Scheduler
@@ -111,6 +114,59 @@ def counted(choices: dict[int, list[list[set[int]]]], skipped: list[int]) -> Cou
                 for expert, n in Counter(expert for row in rows[first:] for expert in row).items()
             }
     return result
+
+
+@pytest.mark.parametrize("mode", ["stat", "per_pass", "per_token"])
+@pytest.mark.parametrize("passes", [7, -1])
+def test_a_record_outlives_the_process(folder: Path, tmp_path: Path, mode: str, passes: int) -> None:
+    """However often it dies, and wherever in a line it was: the dump is that of a process that has not."""
+    source = np.random.default_rng(5)
+
+    def steps(recorder: Recorder) -> None:
+        for _ in range(int(source.integers(1, 6))):
+            tokens = int(source.integers(1, 5))
+            batch: Any = SimpleNamespace(token_ids=torch.arange(tokens), positions=torch.arange(tokens) + 3)
+            taken = [source.integers(0, EXPERTS, (tokens, TOP_K)).astype(np.int32) for _ in LAYERS]
+            for one in (recorder, calm):
+                one.step(batch, lambda taken=taken: taken)
+
+    def born(torn: bytes = b"") -> Recorder:
+        with (runtime / "experts-1").open("ab") as file:
+            file.write(torn)
+        recorder = recorder_of(config_of(folder), tmp_path / "out", mode, passes)
+        recorder.spool = Spool(runtime, recorder.settings.passes)
+        recorder.resume()
+        return recorder
+
+    runtime = tmp_path / "runtime"
+    runtime.mkdir()
+    calm, recorder = recorder_of(config_of(folder), tmp_path / "calm", mode, passes), born()
+    assert not recorder.on and not recorder.kept
+    recorder.start()
+    calm.start()
+    for life in range(12):
+        steps(recorder)
+        recorder = born([b"", b"\x40\0", b"\x40" + bytes(7) + b"half"][life % 3])
+        assert recorder.on and recorder.number == calm.number
+    recorder.stop()
+    recorder = born()
+    assert not recorder.on and len(recorder.kept) == len(calm.kept) == (7 if passes == 7 else calm.number)
+    assert recorder.dump(0).read_text() == calm.dump(0).read_text()
+    assert not born().kept
+
+
+def test_a_record_that_cannot_be_written_is_kept_in_memory(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder = recorder_of(config_of(folder), tmp_path / "out")
+    recorder.spool = Spool(tmp_path / "is not there", 5)
+    recorder.start()
+    batch: Any = SimpleNamespace(token_ids=torch.arange(1), positions=torch.arange(1))
+    for _ in range(3):
+        recorder.step(batch, lambda: [np.zeros((1, TOP_K), np.int32)] * len(LAYERS))
+    assert len(recorder.kept) == 3 and caplog.text.count("kept in memory alone") == 1
+    recorder.stop()
+    assert counts_of(recorder.dump(0))[0, 0] == 3 * TOP_K
 
 
 @pytest.mark.parametrize("name", ["reference", ISAS[0]])
@@ -272,3 +328,12 @@ def test_a_file_that_cannot_be_written_is_an_answer(folder: Path, tmp_path: Path
     (answer,) = sent.others
     assert answer.key == 3 and f"{str(tmp_path / 'file')!r}: File exists" in answer.error
     assert len(recorder.kept) == 1
+
+
+def test_a_record_is_the_users_alone(folder: Path, tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        path = recorder_of(config_of(folder), tmp_path / "new").dump(0)
+    finally:
+        os.umask(before)
+    assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)

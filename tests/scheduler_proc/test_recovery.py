@@ -9,6 +9,7 @@ import pytest
 from simulation import admit, expected_tokens, run_to_end, simulated_scheduler
 
 from engine.wire.board import Board, Heart
+from engine.wire.operation import Profile
 from engine.wire.results import Finish
 from engine.wire.to_frontend import Flushed, StartedOver
 from engine.wire.to_scheduler import Abort, Admit, FlushCache, StartOver, StopSeen
@@ -119,7 +120,7 @@ def test_suspects_are_computed_alone_at_first(tmp_path: Any, deaths: int) -> Non
 
     def watched(batch: Any, rows: Any) -> Any:
         running = {request.key for request in scheduler.planner.running}
-        seen.append((Board(str(tmp_path)).trial, running if len(batch.context_lengths) > 1 else set()))
+        seen.append((Board(str(tmp_path)).held("scheduler"), running if len(batch.context_lengths) > 1 else set()))
         return run(batch, rows)
 
     scheduler.runner.program.run = watched  # type: ignore[method-assign]
@@ -132,7 +133,7 @@ def test_suspects_are_computed_alone_at_first(tmp_path: Any, deaths: int) -> Non
     assert [key for key in trials if key == 1] == [1] * length
     assert [key for key in trials if key == 2] == [2] * length
     assert all(not company for key, company in seen if key)
-    assert Board(str(tmp_path)).trial == 0
+    assert Board(str(tmp_path)).held("scheduler") == 0
     for key in range(3):
         assert sent.tokens[key, 1] == expected_tokens([*PROMPT[:6], 20 + key], 20)
     assert sent.tokens[7, 0] == expected_tokens(PROMPT, 20)
@@ -153,5 +154,7 @@ def test_a_question_that_is_asked_twice_is_done_once() -> None:
     assert not sent
     answers.send(Paused(5, True))
     answers.send(Flushed(6, True))
+    profile = Profile(key=7, action="start", num_steps=5)
+    assert [answers.known(profile) for _ in range(2)] == [False, True]
     assert answers.known(pause) and answers.known(flush)
     assert sent == [Paused(5, True), Flushed(6, True)] * 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import msgspec
@@ -12,7 +13,7 @@ from simulation import admit, expected_tokens, run_to_end, simulated_scheduler
 from engine.wire.results import Finish
 from engine.wire.sampling import LogprobOptions
 from engine.wire.to_frontend import Flushed
-from engine.wire.to_scheduler import FlushCache
+from engine.wire.to_scheduler import Abort, FlushCache
 from scheduler_proc import planner
 from scheduler_proc.kv_memory import InvariantError, KvMemory
 from scheduler_proc.statistics import Statistics
@@ -138,3 +139,29 @@ def test_the_prefill_of_a_request_that_comes_back_is_shared_at_once() -> None:
     run_to_end(scheduler)
     assert sent.tokens == {0: whole, 1: whole}
     assert sent.opened[1].cached_tokens == 39
+
+
+def test_a_rush_of_messages_does_not_hold_up_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scheduler_proc.scheduler.HEARING", 0.0)
+    scheduler, sent, _ = simulated_scheduler(400)
+    scheduler.handle(admit(0, [1, 2, 3], new=20))
+    scheduler.turn()
+    waiting: deque[Any] = deque(admit(key, [1 + key % 40, 5, 6], new=2) for key in range(1, 400))
+    waiting.append(Abort([399]))
+
+    class Rush:
+        def drain(self, most: int) -> list[Any]:
+            return [waiting.popleft() for _ in range(min(most, len(waiting)))]
+
+    scheduler.inbox = Rush()  # type: ignore[assignment]
+    monkeypatch.setattr(type(sent), "known", lambda _sent, _message: False, raising=False)
+    while waiting:
+        before, made = len(waiting), len(sent.tokens[0])
+        scheduler.hear()
+        assert 0 < before - len(waiting) < 100
+        scheduler.turn()
+        assert len(sent.tokens[0]) == made + 1 or 0 in sent.finishes
+    while scheduler.requests:
+        scheduler.turn()
+    assert set(sent.finishes) == set(range(400))
+    assert sent.finishes[399].kind == "abort"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 import tracemalloc
@@ -13,6 +14,8 @@ from engine.checkpoints.confined import check_files, check_named
 from engine.checkpoints.errors import CheckpointError
 from engine.checkpoints.gguf_file import read_gguf_header
 from engine.checkpoints.safetensors_reader import SafetensorsReader
+from engine.checkpoints.tokenizer import load_tokenizer
+from tests.tokenizer_models import source, train_sentencepiece
 
 
 def string(text: bytes) -> bytes:
@@ -129,3 +132,18 @@ def test_files_are_confined_where_their_links_lead(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="does not lie below"):
             check_files("model", root / "model", [str(root)])
         (root / place).unlink()
+
+
+def test_code_beside_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+    """A tokenizer that only transformers can read, and that names a class of its own."""
+    folder, ran = train_sentencepiece(tmp_path / "model", "bpe"), tmp_path / "ran"
+    code = f"open({str(ran)!r}, 'w')\nfrom transformers import LlamaTokenizer\nclass Evil(LlamaTokenizer): pass\n"
+    for name in ("tokenization_evil.py", "configuration_evil.py", "modeling_evil.py"):
+        (folder / name).write_text(code)
+    tokenizer = {"AutoTokenizer": ["tokenization_evil.Evil", None], "AutoConfig": "configuration_evil.Evil"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Evil", "auto_map": tokenizer}))
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "auto_map": tokenizer}
+    (folder / "config.json").write_text(json.dumps(config))
+    with contextlib.suppress(CheckpointError):
+        load_tokenizer(source(folder))
+    assert not ran.exists()

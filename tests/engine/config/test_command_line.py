@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.config import ConfigError, ServerConfig
@@ -130,6 +130,8 @@ REFUSED = {
     "--api-key=": "empty",
     "--ssl-certfile c": "--ssl-keyfile",
     "--ssl-keyfile k": "--ssl-certfile",
+    "--ssl-cert-reqs 2": "--ssl-ca-certs",
+    "--ssl-cert-reqs 3": "from 0 to 2",
     "--max 5": "ambiguous",
     "--nonsense": "unrecognized",
     "--speculative-anything x": "speculative decoding",
@@ -218,6 +220,8 @@ def served_words(field: ConfigField) -> st.SearchStrategy[Any]:
         return st.booleans()
     if field.name in ("ssl_keyfile", "ssl_certfile", "quantization", "dist_init_addr"):
         return st.none()
+    if field.name == "ssl_cert_reqs":
+        return st.just(0)
     values: dict[str, st.SearchStrategy[Any]] = {
         "int": st.integers(1, 64),
         "float": st.floats(0.001, 1e6),
@@ -231,7 +235,7 @@ TEXTS = {
     for name in ("model_path", "tokenizer_path", "revision", "served_model_name", "weight_version", "api_key", "host")
 }
 CONFIGS = st.fixed_dictionaries(
-    {}, optional={f.name: TEXTS.get(f.name, served_words(f)) for f in config_fields() if f.flag != "--ssl-ca-certs"}
+    {}, optional={f.name: TEXTS.get(f.name, served_words(f)) for f in config_fields() if "--ssl-ca" not in f.flag}
 ).filter(lambda given: given.get("ssl_keyfile_password") is None)
 
 
@@ -250,6 +254,7 @@ def as_words(config: ServerConfig) -> list[str]:
     return words
 
 
+@settings(deadline=None)  # a machine may be busy
 @given(CONFIGS)
 def test_writing_a_config_as_flags_and_parsing_them_gives_it_back(given: dict[str, Any]) -> None:
     config = ServerConfig(**given)
@@ -258,6 +263,7 @@ def test_writing_a_config_as_flags_and_parsing_them_gives_it_back(given: dict[st
     assert command.warnings == check_config(config)
 
 
+@settings(deadline=None)  # a machine may be busy
 @given(CONFIGS, st.booleans())
 def test_a_settings_file_says_the_same_as_flags(
     tmp_path_factory: pytest.TempPathFactory, given: dict[str, Any], underscores: bool

@@ -9,9 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from engine.config.logs import JsonFormatter, about, timestamp
+import pytest
+
+from engine.config.logs import JsonFormatter, about, formatter, timestamp
 
 REPOSITORY = Path(__file__).resolve().parents[3]
+QUOTED = "xylophone"
 
 
 def test_a_record_is_one_json_object() -> None:
@@ -51,3 +54,31 @@ def test_the_operators_own_configuration_is_obeyed(tmp_path: Path) -> None:
     config.write_text("{")
     done = run(code, config)
     assert "ConfigError: environment variable SGLANG_LOGGING_CONFIG_PATH" in done.stderr
+
+
+def quoting_record() -> logging.LogRecord:
+    """Of an error whose message, like that of its cause, quotes a prompt, about a request of an odd name."""
+    try:
+        try:
+            raise KeyError(f"{QUOTED}\n[2026-01-01 00:00:00 frontend] INFO forged")
+        except KeyError as cause:
+            raise ValueError(f"{QUOTED} \x1b[2J") from cause
+    except ValueError:
+        return logging.getLogger("x").makeRecord(
+            "x", logging.ERROR, "f", 1, "request %s failed", ("r\n[2026\x1b[31m\x9b\u202e",), sys.exc_info()
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("messages", [True, False])
+def test_no_client_forges_a_line(messages: bool) -> None:
+    text = formatter("frontend", "text", messages=messages).format(quoting_record())
+    first, *rest = text.split("\n")
+    assert first.endswith("ERROR request r\\n[2026\\u001b[31m\\u009b\\u202e failed")
+    assert rest and all(line.startswith("  ") and line.isprintable() for line in rest)
+    line = formatter("frontend", "json", messages=messages).format(quoting_record())
+    assert line.isprintable()
+    entry = json.loads(line)
+    assert entry["message"] == "request r\n[2026\x1b[31m\x9b\u202e failed"
+    for told in (text, entry["exception"]):
+        assert (QUOTED in told) is messages
+        assert "ValueError: " in told and "KeyError: " in told and "in quoting_record" in told

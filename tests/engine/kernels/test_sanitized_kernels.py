@@ -11,6 +11,7 @@ from pathlib import Path
 import nanobind
 import pytest
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[3]
 TESTS = [
     "test_cpu_ops.py", "test_cpu_encoder_ops.py", "test_cpu_moe.py", "test_cpu_attention.py", "test_cpu_programs.py",

@@ -1,12 +1,14 @@
 """Plays one process of the tree: `python -m fake_process --config FILE --play NAME --manner MANNER [--fd N]`.
 
 Manners: good; loads (is never ready); crashes (while loading, with 40 lines on stderr); holds (answers a drain with
-nothing); stays (ignores SIGTERM); dies (soon after it is ready, but for its first life).
+nothing); stays (ignores SIGTERM); faults (reads a bad address at SIGUSR1); dies (soon after it is ready, but
+for its first life).
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import signal
 import sys
 import time
@@ -51,6 +53,8 @@ def main() -> None:
         sys.exit(3)
     if words.manner == "stays":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if words.manner == "faults":
+        signal.signal(signal.SIGUSR1, lambda *_: ctypes.string_at(0))
     if words.manner == "loads":
         say("still loading")
         signal.pause()

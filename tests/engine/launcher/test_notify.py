@@ -21,6 +21,7 @@ from engine.launcher import notify
 from engine.launcher.errors import LaunchError
 from engine.launcher.listen import take_listener
 from engine.launcher.notify import Notifier, take_notifier
+from engine.wire.board import Board
 
 
 @pytest.fixture
@@ -94,6 +95,12 @@ def test_a_process_that_is_replaced_is_told(folder: Path) -> None:
                      "(by someone, or by the system because memory ran out)")  # fmt: skip
         running.hear(STATUS=serving)
         running.hear(WATCHDOG="1")
+        (runtime,) = (folder / "s").iterdir()
+        board = Board(str(runtime))
+        for load, words in (((3, 2), ": 3 requests run, 2 wait"), ((0, 0), "")):
+            board.note_load(*load)
+            running.hear(STATUS=serving + words)
+        board.close()
         running.process.terminate()
         assert running.ends() == 0
 
@@ -162,11 +169,11 @@ def test_requests_wait_in_the_queue_of_a_passed_socket(folder: Path) -> None:
 
 
 def test_descriptors_for_many_connections(folder: Path) -> None:
-    """A low soft limit is raised to the hard one, for the children too."""
+    """Each process of the tree raises a low soft limit to the hard one."""
     limited = ["/bin/sh", "-c", 'ulimit -Sn 256; ulimit -Hn 3000; exec "$@"', "sh", *command(folder)]
     with service(limited, folder, env=environment(folder)) as running:
         running.hear(READY="1")
-        for process in (main := psutil.Process(running.process.pid), *main.children()):
+        for process in psutil.Process(running.process.pid).children():
             assert process.rlimit(psutil.RLIMIT_NOFILE) == (3000, 3000)
         running.process.terminate()
         assert running.ends() == 0

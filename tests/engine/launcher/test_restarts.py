@@ -47,19 +47,33 @@ def test_too_many_deaths_within_the_window_are_the_end() -> None:
     ]  # fmt: skip
 
 
+def test_a_fault_of_its_own_is_told_from_one_that_is_sent(start: Start) -> None:
+    with start(manners={"scheduler": "faults"}) as launch:
+        launch.hear_ready()
+        for epoch, (number, certain) in enumerate(((signal.SIGUSR1, True), (signal.SIGSEGV, False)), 1):
+            os.kill(pid_of(launch, "scheduler"), number)
+            launch.hear(f"serving epoch {epoch} with")
+            assert f"lost the scheduler in epoch {epoch}, suspect None, certain {certain}" in launch.said
+        assert launch.said.count("was killed by SIGSEGV") == 2
+        os.kill(pid_of(launch, "tokenizer"), signal.SIGTERM)
+        launch.hear("lost the tokenizer in epoch 3, suspect None, certain False")
+        launch.hear("serving epoch 3 with")
+        launch.process.terminate()
+        assert launch.ends() == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
 def test_a_child_that_dies_is_started_again(start: Start, tmp_path: Path, number: signal.Signals) -> None:
     with start() as launch:
         launch.hear_ready()
         (folder,) = (tmp_path / "s").iterdir()
         board = Board(str(folder))
-        board.trial = 77
+        board.hold("scheduler", 77)
         os.kill(launch.pids()["the scheduler"], number)
         launch.hear("serving epoch 1 with 1000 tokens")
-        certain = number == signal.SIGSEGV
-        assert f"lost the scheduler in epoch 1, suspect 77, certain {certain}" in launch.said
+        assert "lost the scheduler in epoch 1, suspect 77, certain False" in launch.said
         assert f"was killed by {number.name}" in launch.said and "it is started again. Its last lines:" in launch.said
-        assert board.trial == 0
+        assert board.held("scheduler") == 0
         os.kill(launch.pids()["the tokenizer"], number)
         launch.hear("serving epoch 2 with 1000 tokens")
         assert "lost the tokenizer in epoch 2, suspect None" in launch.said
@@ -79,7 +93,7 @@ def test_a_child_that_hangs_is_replaced(start: Start) -> None:
             os.kill(pid_of(launch, name), signal.SIGSTOP)
             launch.hear(f"serving epoch {epoch} with")
             assert f"the {name} (pid {launch.pids()[f'the {name}']}) hung and was killed; it is started" in launch.said
-            assert f"lost the {name} in epoch {epoch}, suspect None, certain True" in launch.said
+            assert f"lost the {name} in epoch {epoch}, suspect None, certain False" in launch.said
         launch.process.terminate()
         assert launch.ends() == 0
         assert "has shown no sign of life for 0." in launch.said  # the soft one's word
@@ -95,11 +109,16 @@ def test_children_that_die_too_often_end_the_server(start: Start) -> None:
         assert "exited with code 7; the server gives up" in launch.said
 
 
-def test_a_child_that_dies_in_a_drain_ends_the_server(start: Start) -> None:
+def test_a_child_that_dies_in_a_drain_is_replaced(start: Start) -> None:
+    """What is in flight finishes; the end of the frontend is the end of the drain, and a clean one if its own was."""
     with start(manners={"frontend": "holds"}) as launch:
         launch.hear_ready()
+        os.kill(launch.pids()["the scheduler"], signal.SIGKILL)
         launch.process.terminate()
         launch.hear("draining for 33 s")
-        os.kill(launch.pids()["the scheduler"], signal.SIGKILL)
+        launch.hear("serving epoch 1 with")
+        os.kill(pid_of(launch, "tokenizer"), signal.SIGKILL)
+        launch.hear("serving epoch 2 with")
+        os.kill(pid_of(launch, "frontend"), signal.SIGKILL)
         assert launch.ends() == 1
-        assert "the server ends" in launch.said
+        assert "the frontend" in launch.said and "the server ends" in launch.said

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from backends import ISAS, backend
+from backends import FOR_MODELS, backend
 from safetensors.torch import load_file, save_file
 from test_encoders import POOLED, close, hidden, write_pooling
 from tiny_models import load_oracle, tiny_gemma3, tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3
@@ -28,10 +28,9 @@ FAMILIES: dict[str, Callable[..., Path]] = {
     "qwen3": tiny_qwen3,
     "gemma3": tiny_gemma3,
 }
-BACKENDS = ["reference", *ISAS]
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", FOR_MODELS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_last_token_of_a_base_model(family: str, name: str, tmp_path: Path) -> None:
     """Saved without "model." before the names of its tensors, as embedders are on the hub."""
@@ -46,7 +45,7 @@ def test_the_last_token_of_a_base_model(family: str, name: str, tmp_path: Path) 
         check_same(name, row, vectors(run, [text])[0])
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", FOR_MODELS)
 def test_a_causal_embedder_may_be_cut_into_chunks(name: str, tmp_path: Path) -> None:
     model = load(tiny_qwen3(tmp_path), backend(name), is_embedding=True)
     (text,) = random_texts(model.config.vocab_size, [30])
@@ -65,7 +64,7 @@ def test_a_causal_embedder_may_be_cut_into_chunks(name: str, tmp_path: Path) -> 
     check_same(name, found, vectors(program(model), [text]))
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", FOR_MODELS)
 @pytest.mark.parametrize("mode", POOLED)
 def test_in_both_directions(mode: str, name: str, tmp_path: Path) -> None:
     path = tiny_qwen2(tmp_path, AutoModelForCausalLM, is_causal=False)
@@ -79,7 +78,7 @@ def test_in_both_directions(mode: str, name: str, tmp_path: Path) -> None:
     check_same(name, found[2], vectors(run, texts[2:3])[0])
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", FOR_MODELS)
 @pytest.mark.parametrize("labels", [1, 3])
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gemma3"])
 def test_classifiers(family: str, labels: int, name: str, tmp_path: Path) -> None:
@@ -94,7 +93,7 @@ def test_classifiers(family: str, labels: int, name: str, tmp_path: Path) -> Non
     check_same(name, found[4], vectors(run, texts[4:5])[0])
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", FOR_MODELS)
 def test_rewards(name: str, tmp_path: Path) -> None:
     """Two layers with a relu between them, as Qwen's own reward models have: no class of transformers is theirs."""
     path = tiny_qwen2(tmp_path, AutoModel)

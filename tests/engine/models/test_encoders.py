@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from backends import ISAS, backend
+from backends import FOR_MODELS, backend
 from safetensors.torch import load_file, save_file
 from tiny_models import load_oracle, tiny_bert, tiny_roberta, tiny_xlm_roberta
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
@@ -19,7 +19,6 @@ from engine.models.model import Model
 
 LENGTHS = [9, 1, 40, 2, 33, 17]
 FAMILIES: dict[str, Callable[..., Path]] = {"bert": tiny_bert, "roberta": tiny_roberta, "xlm-roberta": tiny_xlm_roberta}
-BACKENDS = ["reference", *ISAS]
 POOLED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "cls": lambda states: states[0],
     "lasttoken": lambda states: states[-1],
@@ -51,7 +50,7 @@ def write_pooling(path: Path, mode: str, *modules: dict[str, Any]) -> None:
     (path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_cls_token": False, key: True}))
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", FOR_MODELS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_embeddings(family: str, name: str, tmp_path: Path) -> None:
     """Without files of sentence-transformers: the first token's state. A text's vector depends on no other text."""
@@ -68,7 +67,7 @@ def test_embeddings(family: str, name: str, tmp_path: Path) -> None:
     check_same(name, vectors(run, texts[::-1]).flip(0), found)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", FOR_MODELS)
 @pytest.mark.parametrize("mode", POOLED)
 def test_poolings(mode: str, name: str, tmp_path: Path) -> None:
     path = tiny_bert(tmp_path)
@@ -81,7 +80,7 @@ def test_poolings(mode: str, name: str, tmp_path: Path) -> None:
     check_same(name, found[2], vectors(run, texts[2:3])[0])
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", FOR_MODELS)
 @pytest.mark.parametrize("activation", ["Tanh", "Identity"])
 def test_dense_layers_behind_the_pooling(activation: str, name: str, tmp_path: Path) -> None:
     path = tiny_bert(tmp_path)
@@ -109,7 +108,7 @@ def test_dense_layers_behind_the_pooling(activation: str, name: str, tmp_path: P
     close(run.pooled(), pooled)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", FOR_MODELS)
 @pytest.mark.parametrize("labels", [1, 3])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_labels_of_texts_and_pairs(family: str, labels: int, name: str, tmp_path: Path) -> None:
@@ -165,7 +164,7 @@ def test_activations(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", FOR_MODELS)
 def test_half_precision(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """No further from the float32 result than `transformers` itself comes in that dtype."""
     path = tiny_bert(tmp_path, num_labels=3, auto=AutoModelForSequenceClassification)

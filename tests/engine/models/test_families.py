@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from backends import ISAS, backend
+from backends import FOR_MODELS, backend
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import (
@@ -120,7 +120,7 @@ def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return config_of(path), load_oracle(path)
 
 
-@pytest.fixture(scope="module", params=["reference", *ISAS])
+@pytest.fixture(scope="module", params=FOR_MODELS)
 def case(request: pytest.FixtureRequest, oracle: tuple[ModelConfig, Any]) -> Case:
     config, model = oracle
     return Case(filled_model(config, model, torch.float32, backend(request.param)), model, request.param)

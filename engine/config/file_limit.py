@@ -1,4 +1,8 @@
-"""How many descriptors each process may have open: a connection takes one of the frontend's."""
+"""How many descriptors a process may have open: a connection takes one of the frontend's.
+
+Shells and systemd give a soft limit of 1024 by default, for the sake of programs that use select(2). Each process of
+the tree raises its own when it begins, whoever has started it; the launcher has no use for more.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +15,12 @@ ENOUGH = 65536
 
 
 def raise_file_limit() -> None:
-    """Raise the soft limit of this process, which its children inherit, to ENOUGH or what the hard one allows.
-
-    Shells and systemd give a soft limit of 1024 by default, for the sake of programs that use select(2).
-    """
+    """Raise this process's soft limit to the hard one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = reachable(hard)
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
+    if soft == hard:
         return
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     except (OSError, ValueError) as error:  # some systems allow less than the hard limit says
         log.warning("the limit of open files stays at %d: %s", soft, error)
 
