@@ -16,6 +16,8 @@ import psutil
 import pytest
 from kills import Json, Running, decodes, undisturbed, whole
 from live_client import Api
+from oracle import check_greedy
+from test_default_model_parity import PROMPTS, generate
 from tiny_models import tiny_llama, tiny_qwen3, tiny_qwen3_moe, upside_down
 from transformers import AutoModel, AutoModelForSequenceClassification
 
@@ -94,6 +96,16 @@ def test_answers_are_those_of_one_rank(case: str, tmp_path: Path) -> None:
             assert (info["tp_size"], info["internal_states"][0]["world_size"]) == (ranks, ranks)
     close(found[1], found[0])
     close(found[2], found[0])
+
+
+@pytest.mark.slow
+def test_the_default_model_on_two_ranks(oracle: Any) -> None:
+    """Nine heads in three groups: ranks hold two groups and one."""
+    with running_server("--tp-size", "2", "--dtype", "float32", env=ENVIRONMENT) as server:
+        answers = generate(server, PROMPTS, 8)
+    for answer in answers:
+        logprobs = [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]
+        check_greedy(oracle, answer["prompt_token_ids"], answer["output_ids"], logprobs)
 
 
 def test_too_many_ranks_are_refused_at_once(tmp_path: Path) -> None:
