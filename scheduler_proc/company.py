@@ -1,4 +1,4 @@
-"""What the ranks of a host settle among themselves while a model is loaded."""
+"""What ranks settle among themselves while a model is loaded."""
 
 from __future__ import annotations
 
@@ -12,21 +12,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """Bytes of weights, and of one token in the KV pool: of a rank, or of all of them together."""
+    """Bytes of weights, and of one token in the KV pool: of a rank, or of several together; and what was free on their
+    host."""
 
     weight_bytes: int
     token_bytes: int
+    available: int
 
 
 class Company(Protocol):
-    """The other ranks of this host, while a model is loaded."""
+    """The other ranks, while a model is loaded. place: this rank's number among those of its host, and how many these
+    are."""
+
+    @property
+    def place(self) -> tuple[int, int]: ...
 
     def join(self, part: int) -> Exchange | None:
         """What parts of `part` bytes are exchanged by; None where there is nobody else. Raises ConfigError."""
         ...
 
     def settle(self, own: Needs, size: Callable[[Needs], int]) -> tuple[int, Needs]:
-        """The slots of the KV pool, as rank 0 finds them from what all need together (`size`), and what that is.
+        """The slots of the KV pool, as rank 0 finds them from what the ranks of each host need together (`size`), and
+        what all need.
 
         Raises ConfigError where rank 0's `size` does.
         """
@@ -35,6 +42,8 @@ class Company(Protocol):
 
 @dataclass(frozen=True)
 class Alone:
+    place: tuple[int, int] = (0, 1)
+
     def join(self, part: int) -> None:
         return None
 

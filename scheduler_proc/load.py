@@ -60,7 +60,7 @@ def load_engine(
     config: RunConfig, *, started: float, beat: Callable[[], None] = lambda: None, company: Company = ALONE
 ) -> Engine:
     """Size the pool, load the weights, allocate the pool. `started`: time.monotonic() at the start of the process.
-    `beat`: called again and again, as a sign of life. company: the other ranks of this host.
+    `beat`: called again and again, as a sign of life. company: the other ranks.
     """
     server = config.server
     seconds = {"imports": time.monotonic() - started}
@@ -69,19 +69,19 @@ def load_engine(
     context = config.facts.context_length
     exchange = company.join(part_bytes(largest_step(server, model_config, task, context), model_config.hidden_size))
     available = available_memory()
-    backend = open_backend(server.cpu_isa, server.cpu_threads, exchange)
+    backend = open_backend(server.cpu_isa, server.cpu_threads, exchange, company.place)
     dtype = DTYPES[server.dtype]
     model = build_model(model_config, task, dtype=dtype, backend=backend)
     kv_dtype = dtype if server.kv_cache_dtype == "auto" else DTYPES[server.kv_cache_dtype]
     token_bytes = kv_bytes_per_token(model.held, kv_dtype) // (model_config.num_layers if model.reads_whole else 1)
 
-    def size(all_ranks: Needs) -> int:
-        check_fits(all_ranks.weight_bytes, available)
+    def size(host: Needs) -> int:
+        check_fits(host.weight_bytes, host.available)
         if model.reads_whole:
             return whole_steps(server, context)
-        return pool_size(server, context, all_ranks.token_bytes, all_ranks.weight_bytes, available)
+        return pool_size(server, context, host.token_bytes, host.weight_bytes, host.available)
 
-    slots, needs = company.settle(Needs(model.weight_bytes, token_bytes), size)
+    slots, needs = company.settle(Needs(model.weight_bytes, token_bytes, available), size)
     mark = time.monotonic()
     checkpoint = launched_checkpoint(config)
     beat()

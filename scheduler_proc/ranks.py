@@ -14,11 +14,11 @@ import numpy as np
 import torch
 import zmq
 
-from engine.config import ConfigError, ModelSource
+from engine.config import ConfigError, ModelSource, ServerConfig
 from engine.kernels.batch import RaggedBatch
 from engine.kernels.table import Integers, Longs, Program, Rows
 from engine.parallel.group import GroupLostError
-from engine.wire.board import BEATS
+from engine.wire.board import BEATS, Heart
 from engine.wire.sockets import Inbox, Outbox
 from engine.wire.to_worker import (
     RANKS,
@@ -41,6 +41,7 @@ from engine.wire.to_worker import (
     worker_name,
 )
 from scheduler_proc.company import Needs
+from scheduler_proc.hosts import Hosts, lead, listen_for_hosts
 
 if TYPE_CHECKING:
     from engine.kernels._cpu import Exchange
@@ -65,7 +66,8 @@ class Sender(Protocol):
 
 @dataclass(slots=True)
 class Ranks:
-    """Rank 0's line to the others. beat: called while it waits, as a sign of life.
+    """Rank 0's line to the others. beat: called while it waits, as a sign of life. hosts: where they are on several,
+    with `ranks_each` each.
 
     Nothing here has a time limit: a worker that dies or hangs is found by the launcher, which ends this process too.
     """
@@ -75,6 +77,8 @@ class Ranks:
     folder: Path
     patience: float
     beat: Callable[[], None] = lambda: None
+    hosts: Hosts | None = None
+    ranks_each: int = 0
     _heard: list[FromWorker] = field(default_factory=list)
     _sending: threading.Lock = field(default_factory=threading.Lock)
     _asking: threading.Lock = field(default_factory=threading.Lock)
@@ -130,7 +134,13 @@ class Ranks:
 
     # While the model is loaded: `scheduler_proc.company.Company`.
 
+    @property
+    def place(self) -> tuple[int, int]:
+        return 0, self.ranks_each or self.size
+
     def join(self, part: int) -> Exchange:
+        if self.hosts is not None:
+            return self._join_hosts(self.hosts, part)
         try:
             from engine.kernels.shared_memory import make_exchange
         except ImportError as error:
@@ -144,16 +154,23 @@ class Ranks:
             memory.forget()
         return exchange
 
+    def _join_hosts(self, hosts: Hosts, part: int) -> Exchange:
+        found: list[Exchange] = []
+        self.ask(
+            Join(None, part, self.patience), Joined,
+            lambda: found.append(hosts.exchange(0, self.size, part, self.patience)),
+        )  # fmt: skip
+        return found[0]
+
     def settle(self, own: Needs, size: Callable[[Needs], int]) -> tuple[int, Needs]:
         with self._question():
             others = self._hear(Measured)
-        needs = Needs(
-            own.weight_bytes + sum(other.weight_bytes for other in others),
-            own.token_bytes + sum(other.token_bytes for other in others),
-        )
-        slots = size(needs)
+        every = [own, *(Needs(other.weight_bytes, other.token_bytes, other.available) for other in others)]
+        _, each = self.place
+        hosts = [together(every[start : start + each]) for start in range(0, len(every), each)]
+        slots = min(size(host) for host in hosts)
         self.tell(Begin(slots))
-        return slots, needs
+        return slots, together(every)
 
     def loaded(self) -> None:
         """Wait until all have read their weights."""
@@ -179,6 +196,14 @@ class Ranks:
         return next((told.error for told in self.ask(RecordPart(action), Recorded) if told.error is not None), None)
 
 
+def together(ranks: list[Needs]) -> Needs:
+    return Needs(
+        sum(one.weight_bytes for one in ranks),
+        sum(one.token_bytes for one in ranks),
+        min(one.available for one in ranks),
+    )
+
+
 def put_together(parts: list[HeldPart], count: int, width: int | None) -> torch.Tensor:
     """The first `count` rows from all ranks' parts, in the order of the ranks: parts of the rows, which may overlap,
     or of the columns of all rows."""
@@ -196,13 +221,18 @@ def put_together(parts: list[HeldPart], count: int, width: int | None) -> torch.
     return whole
 
 
-def open_ranks(
-    context: zmq.Context[Any], runtime_dir: str, size: int, watchdog: float, beat: Callable[[], None]
-) -> Ranks:
-    """watchdog: seconds after which the launcher replaces a process that shows no sign of life."""
+def open_ranks(context: zmq.Context[Any], runtime_dir: str, server: ServerConfig, heart: Heart) -> Ranks:
+    """Rank 0's lines to all others. Raises ConfigError where `--dist-init-addr` cannot be had."""
     inbox: Inbox[FromWorker] = Inbox(context, runtime_dir, RANKS, FromWorker)
-    workers: list[Sender] = [Outbox(context, runtime_dir, worker_name(rank)) for rank in range(1, size)]
-    return Ranks(workers, inbox, Path(runtime_dir), watchdog + PATIENCE_MARGIN, beat)
+    each = server.tp_size // server.nnodes
+    workers: list[Sender] = [Outbox(context, runtime_dir, worker_name(rank)) for rank in range(1, each)]
+    hosts = None
+    if server.nnodes > 1:
+        hosts = lead(server)
+        workers += listen_for_hosts(hosts, server, context, inbox)
+        heart.also = hosts.look
+    patience = server.watchdog_timeout + PATIENCE_MARGIN
+    return Ranks(workers, inbox, Path(runtime_dir), patience, heart.beat, hosts, each)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from engine.wire.to_scheduler import ToScheduler
 from engine.wire.to_worker import RANKS, FromWorker, Loaded, ToWorker, worker_name
 from scheduler_proc.answers import Answers
 from scheduler_proc.company import ALONE
+from scheduler_proc.hosts import follow, lines_to_rank_0
 from scheduler_proc.kv_memory import KvMemory
 from scheduler_proc.load import Engine, largest_step, load_engine, longest_request
 from scheduler_proc.memory import Memory
@@ -68,7 +69,7 @@ def schedule(config: RunConfig, started: float) -> None:
     heart = Heart(config.runtime_dir, NAME)
     ranks = None
     if server.tp_size > 1:
-        ranks = open_ranks(context, config.runtime_dir, server.tp_size, server.watchdog_timeout, heart.beat)
+        ranks = open_ranks(context, config.runtime_dir, server, heart)
     engine = load_engine(config, started=started, beat=heart.beat, company=ranks or ALONE)
     program, loop_settings = engine.program, settings(config, engine, started)
     if ranks is not None:
@@ -99,12 +100,21 @@ def schedule(config: RunConfig, started: float) -> None:
 
 def work(config: RunConfig, rank: int, started: float) -> None:
     """As a rank that another one, rank 0, tells what to do."""
-    name = worker_name(rank)
+    name, server = worker_name(rank), config.server
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    inbox: Inbox[ToWorker] = Inbox(context, config.runtime_dir, name, ToWorker)
-    outbox: Outbox[FromWorker] = Outbox(context, config.runtime_dir, RANKS)
     heart = Heart(config.runtime_dir, name)
-    line = Line(rank, config.server.tp_size, inbox, outbox, heart.beat)
+    hosts = None
+    if server.nnodes > 1:
+        hosts = follow(server, heart.beat)
+        heart.also = hosts.look
+    inbox: Inbox[ToWorker]
+    outbox: Outbox[FromWorker]
+    if hosts is not None and server.node_rank:
+        inbox, outbox = lines_to_rank_0(hosts, rank, context, heart.beat)
+    else:
+        inbox = Inbox(context, config.runtime_dir, name, ToWorker)
+        outbox = Outbox(context, config.runtime_dir, RANKS)
+    line = Line(rank, server.tp_size, inbox, outbox, heart.beat, hosts, server.tp_size // server.nnodes)
     engine = load_engine(config, started=started, beat=heart.beat, company=line)
     weights = Weights(engine.model, engine.checkpoint, config)
     worker = Worker(line, engine.program, weights, recorder(config, engine, rank))

@@ -36,6 +36,7 @@ from engine.wire.to_worker import (
 )
 from engine.wire.tuning import tune
 from scheduler_proc.company import Needs
+from scheduler_proc.hosts import Hosts
 from scheduler_proc.recorder import Recorder, obey
 from scheduler_proc.weights import RefusedUpdateError, Weights
 
@@ -57,13 +58,21 @@ class Sender(Protocol):
 
 @dataclass(slots=True)
 class Line:
-    """A worker's line to rank 0. beat: called while it waits, as a sign of life. size: of the group."""
+    """A worker's line to rank 0. beat: called while it waits, as a sign of life. size: of the group. hosts: where it is
+    on several, with `ranks_each` each."""
 
     rank: int
     size: int
     inbox: Receiver
     outbox: Sender
     beat: Callable[[], None] = lambda: None
+    hosts: Hosts | None = None
+    ranks_each: int = 0
+
+    @property
+    def place(self) -> tuple[int, int]:
+        each = self.ranks_each or self.size
+        return self.rank % each, each
 
     def wait(self) -> list[ToWorker]:
         """What has come; something has."""
@@ -86,14 +95,18 @@ class Line:
         try:
             from engine.kernels.shared_memory import join_exchange
 
-            exchange = join_exchange(message.path, self.rank, self.size, message.part_bytes, message.patience)
+            if message.path is None:
+                assert self.hosts is not None
+                exchange: Exchange = self.hosts.exchange(self.rank, self.size, message.part_bytes, message.patience)
+            else:
+                exchange = join_exchange(message.path, self.rank, self.size, message.part_bytes, message.patience)
         except (ImportError, OSError) as error:
             raise ConfigError(f"--tp-size {self.size}: rank {self.rank} cannot join the others: {error}") from None
         self.outbox.send(Joined(self.rank))
         return exchange
 
     def settle(self, own: Needs, size: Callable[[Needs], int]) -> tuple[int, Needs]:
-        self.outbox.send(Measured(self.rank, own.weight_bytes, own.token_bytes))
+        self.outbox.send(Measured(self.rank, own.weight_bytes, own.token_bytes, own.available))
         message = self.only()
         assert isinstance(message, Begin), message
         return message.slots, own

@@ -19,8 +19,6 @@ OTHER_GRAMMAR_BACKENDS = ("outlines", "llguidance")
 
 _ONLY: tuple[tuple[str, Any, str], ...] = (
     ("page_size", (None, 1), "pages of more than one token are not supported; only 1 is"),
-    ("nnodes", (1,), "serving on several machines is not built yet; only 1 is supported"),
-    ("node_rank", (0,), "serving on several machines is not built yet; only 0 is supported"),
     ("pp_size", (1,), "pipeline parallelism is not supported; only 1 is"),
     ("dp_size", (1,), "data parallelism inside a server is not supported; only 1 is"),
     ("ep_size", (1,), "expert parallelism is not supported; only 1 is"),
@@ -53,7 +51,7 @@ def check_config(config: ServerConfig) -> list[str]:
     what is allowed.
     """
     fields = {field.name: field for field in config_fields()}
-    for check in (_check_words, _check_numbers, _check_built, _check_names, _check_tls):
+    for check in (_check_words, _check_numbers, _check_built, _check_names, _check_tls, _check_nodes):
         check(config, fields)
     return list(_without_effect(config))
 
@@ -141,6 +139,20 @@ def _check_tls(config: ServerConfig, fields: dict[str, ConfigField]) -> None:
             raise _refuse(fields[name], "..." if "password" in name else getattr(config, name), "needs --ssl-certfile")
 
 
+def _check_nodes(config: ServerConfig, fields: dict[str, ConfigField]) -> None:
+    if config.node_rank >= config.nnodes:
+        raise _refuse(fields["node_rank"], config.node_rank, f"of {config.nnodes} machines, 0 to {config.nnodes - 1}")
+    if config.nnodes == 1:
+        return
+    if config.tp_size % config.nnodes:
+        raise _refuse(
+            fields["tp_size"], config.tp_size, f"{config.nnodes} machines have as many ranks each: a multiple of that"
+        )
+    host, _, port = (config.dist_init_addr or "").rpartition(":")
+    if not host or not port.isdecimal() or not 1 <= int(port) <= 65535:
+        raise _refuse(fields["dist_init_addr"], config.dist_init_addr, "several machines need HOST:PORT of machine 0")
+
+
 def _without_effect(config: ServerConfig) -> Iterator[str]:
     """What is accepted for the sake of launch scripts though it changes nothing."""
     rules: tuple[tuple[str, Any, Callable[[Any], bool], str], ...] = (
@@ -161,7 +173,7 @@ def _without_effect(config: ServerConfig) -> Iterator[str]:
             "constrained output is not built yet",
         ),
         (
-            "--dist-init-addr", config.dist_init_addr, lambda value: value is not None,
+            "--dist-init-addr", config.dist_init_addr, lambda value: value is not None and config.nnodes == 1,
             "one machine needs no rendezvous",
         ),
     )  # fmt: skip

@@ -168,10 +168,16 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
             maximum=MOST_RANKS,
         ),
     ] = 1
-    nnodes: Annotated[int, Flag("number of machines; only 1 so far")] = 1
-    node_rank: Annotated[int, Flag("number of this machine; only 0 so far")] = 0
+    nnodes: Annotated[int, Flag("machines that the ranks are on, as many on each", minimum=1, maximum=MOST_RANKS)] = 1
+    node_rank: Annotated[
+        int, Flag("number of this machine; only machine 0 serves HTTP", minimum=0, maximum=MOST_RANKS - 1)
+    ] = 0
     dist_init_addr: Annotated[
-        str | None, Flag("host:port of rank 0's rendezvous", names=("--dist-init-addr", "--nccl-init-addr"))
+        str | None,
+        Flag(
+            "HOST:PORT of machine 0, where the machines find one another",
+            names=("--dist-init-addr", "--nccl-init-addr"),
+        ),
     ] = None
     device: Annotated[str, Flag("where the model runs; so far cpu", choices=("auto", "cpu", "cuda"))] = "auto"
     pp_size: Annotated[int, Flag("pipeline-parallel size; only 1", names=("--pp-size", "--pipeline-parallel-size"))] = 1

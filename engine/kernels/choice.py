@@ -22,18 +22,20 @@ logger = logging.getLogger(__name__)
 REFERENCE = "reference"
 
 
-def open_backend(isa: str, threads: int | None, exchange: Exchange | None = None) -> Backend:
+def open_backend(
+    isa: str, threads: int | None, exchange: Exchange | None = None, place: tuple[int, int] = (0, 1)
+) -> Backend:
     """The backend for `--cpu-isa` and `--cpu-threads`.
 
     isa: "auto" asks the environment (TOKENMILL_CPU_ISA), then the processor. threads: None: one for each physical core
-    that this process may use. exchange: with the other ranks of this host, if there are any: this one then has its
-    share of the threads, and this thread and those it starts keep to its share of the cores. Raises ConfigError,
-    naming what there is, for an ISA that this machine cannot run.
+    that this process may use. exchange: with the other ranks, if there are any: this one, number place[0] of place[1]
+    on this host, then has its share of the threads, and this thread and those it starts keep to its share of the
+    cores. Raises ConfigError, naming what there is, for an ISA that this machine cannot run.
     """
     cores = physical_cores()
     count = threads or len(cores)
     if exchange is not None:
-        cores, count = share_of(cores, count, exchange.rank, exchange.ranks)
+        cores, count = share_of(cores, count, *place)
         _keep_to(cores)
     wanted = isa if isa != "auto" else setting("CPU_ISA") or "auto"
     if wanted == REFERENCE:

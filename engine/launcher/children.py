@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import engine
+from engine.config import ServerConfig
 from engine.wire.struck import OWN, blocked
 from engine.wire.to_worker import worker_name
 
@@ -55,13 +56,17 @@ PROGRAMS = (
 """In the order of starting: the slowest to load first."""
 
 
-def with_workers(programs: Sequence[Program], ranks: int) -> list[Program]:
-    """`programs` with the scheduler's workers behind it, its ranks from 1 on."""
+def with_workers(programs: Sequence[Program], server: ServerConfig) -> list[Program]:
+    """`programs` with the scheduler's workers behind it, its ranks from 1 on; on other machines than the first, those
+    of the ranks alone that are there."""
+    each = server.tp_size // server.nnodes
+    first = server.node_rank * each
     found = []
     for program in programs:
-        found.append(program)
+        if not server.node_rank:
+            found.append(program)
         if program.name == "scheduler":
-            for rank in range(1, ranks):
+            for rank in range(max(first, 1), first + each):
                 arguments = ("--rank", str(rank))
                 found.append(
                     Program(worker_name(rank), f"scheduler tp{rank}", program.module, arguments, group=program.name)

@@ -45,7 +45,7 @@ def serve(
             log.warning(warning)
         notifier = take_notifier(os.environ)
         passed = take_listener(os.environ)
-        with passed or open_listener(config.host, config.port) as listener:
+        with passed or open_listener(config.host, 0 if config.node_rank else config.port) as listener:
             notifier.loading(f"finding the model {config.model_path or '(the bundled one)'}")
             resolved = resolve(config)
             for warning in resolved.warnings:
@@ -69,7 +69,7 @@ def serve(
                 if passed is not None:
                     log.info("serving on the socket that was passed by the service manager: %s", url)
                 notifier.loading(f"loading {run.server.served_model_name}")
-                ranked = with_workers(programs, run.server.tp_size)
+                ranked = with_workers(programs, run.server)
                 return supervise(
                     run, config_file, ranked, listener, signals, context, url=url, began=began, notifier=notifier,
                     socket_passed=passed is not None,

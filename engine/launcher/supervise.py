@@ -72,6 +72,11 @@ class Tree:
     notifier: Notifier = field(default_factory=Notifier)
     socket_passed: bool = False
 
+    @property
+    def serves(self) -> bool:
+        """Whether this is the machine with the frontend; others compute some of the ranks."""
+        return not self.run.server.node_rank
+
 
 def supervise(
     run: RunConfig, config_file: Path, programs: Sequence[Program], listener: socket.socket,
@@ -91,6 +96,8 @@ def supervise(
         Restarts(server.max_restarts, server.restart_window), force_shutdown=switch("FORCE_SHUTDOWN"),
         notifier=notifier, socket_passed=socket_passed,
     )  # fmt: skip
+    if not tree.serves:
+        tree.warm = True  # there is no frontend to say so, and who waits for machine 0 is not ill
     tree.selector.register(signals, selectors.EVENT_READ)
     tree.selector.register(tree.inbox.fileno(), selectors.EVENT_READ)
     try:
@@ -168,6 +175,8 @@ def _hear(tree: Tree, message: ToLauncher) -> None:
             tree.ready[process] = message
             tree.watchdog.note_loaded(child)
             tree.limits = limits or tree.limits
+            if not tree.serves and _is_whole(tree):
+                _say_joined(tree)
             if tree.limits is not None and _is_whole(tree):
                 tree.frontend.send(Serving(tree.run.epoch, tree.limits))
                 if tree.warm:
@@ -190,6 +199,14 @@ def _serving(tree: Tree) -> str:
     running, waiting = tree.board.load
     load = f": {running} requests run, {waiting} wait" if running or waiting else ""
     return f"serving {tree.run.server.served_model_name} on {tree.url}{load}"
+
+
+def _say_joined(tree: Tree) -> None:
+    server = tree.run.server
+    ranks = ", ".join(child.program.title for child in tree.children)
+    words = f"machine {server.node_rank} of {server.nnodes} computes {ranks} for {server.dist_init_addr}"
+    _write(sys.stdout, f"Tokenmill: {words}\n".encode())
+    tree.notifier.ready(words)
 
 
 def _is_whole(tree: Tree) -> bool:
@@ -217,7 +234,7 @@ def _stop(tree: Tree, number: signal.Signals) -> bool:
         log.warning("%s again: ending at once", number.name)
         tree.grace = 0.0
         return True
-    if not tree.warm or tree.force_shutdown:
+    if not tree.warm or not tree.serves or tree.force_shutdown:
         log.info("%s: ending", number.name)
         tree.notifier.stopping(f"{number.name}: ending", tree.grace)
         return True
@@ -257,7 +274,8 @@ def _replace(tree: Tree, child: Child) -> None:
         suspect = tree.board.held(name) or None
         tree.board.hold(name, 0)
         certain = child.died_by_itself(tree.board.struck)
-        tree.frontend.send(Lost(name, tree.run.epoch, suspect, certain))
+        if tree.serves:
+            tree.frontend.send(Lost(name, tree.run.epoch, suspect, certain))
     _bury(tree, child, "it is started again" + (f" in {delay:g} s" if delay else ""))
     for program in (child.program, *_end_group(tree, child)):
         tree.due[program] = now + delay
@@ -286,7 +304,8 @@ def _give_up(tree: Tree, name: str) -> None:
     tree.notifier.status(message)
     tree.due.clear()
     tree.giving_up_until = time.monotonic() + GIVE_UP_GRACE
-    tree.frontend.send(GiveUp(message))
+    if tree.serves:
+        tree.frontend.send(GiveUp(message))
 
 
 def _go_on_giving_up(tree: Tree, ended: list[Child]) -> int | None:

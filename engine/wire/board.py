@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 BEATS = 1.0
@@ -99,14 +100,17 @@ class Board:
 
 
 class Heart:
-    """Beats for one process."""
+    """Beats for one process. also: called with each beat."""
 
-    __slots__ = ("_process", "board")
+    __slots__ = ("_process", "also", "board")
 
     def __init__(self, runtime_dir: str, process: str) -> None:
         self.board = Board(runtime_dir)
+        self.also: Callable[[], None] | None = None
         self._process = process
         self.beat()
 
     def beat(self) -> None:
         self.board.beat(self._process)
+        if self.also is not None:
+            self.also()

@@ -31,11 +31,27 @@ class Inbox(Generic[T]):
     """
 
     def __init__(self, context: zmq.Context[Any], runtime_dir: str, name: str, kind: Any) -> None:
+        self._open(context, name, kind)
+        self._socket.bind(endpoint(runtime_dir, name))
+
+    @classmethod
+    def connected(cls, context: zmq.Context[Any], address: str, name: str, kind: Any) -> Inbox[T]:
+        """The inbox of a process on another host than its one sender, which has bound `address` (`Outbox.bound`)."""
+        inbox = cls.__new__(cls)
+        inbox._open(context, name, kind)
+        inbox._socket.connect(address)
+        return inbox
+
+    def _open(self, context: zmq.Context[Any], name: str, kind: Any) -> None:
         self._name = name
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(kind)
         self._socket = context.socket(zmq.PULL)
         self._socket.setsockopt(zmq.RCVHWM, 0)
-        self._socket.bind(endpoint(runtime_dir, name))
+
+    def also_at(self, host: str) -> str:
+        """Receive from other hosts as well: bind a free port of the address `host`. Returns where they connect to."""
+        self._socket.bind(f"tcp://{host}:*")
+        return self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def fileno(self) -> int:
         """Descriptor for an event loop. It is edge-triggered: call `drain` until it returns nothing."""
@@ -75,11 +91,30 @@ class Outbox(Generic[T]):
     """The connecting end: `send` never blocks; messages wait in memory until the other side has bound."""
 
     def __init__(self, context: zmq.Context[Any], runtime_dir: str, name: str) -> None:
+        self._open(context)
+        self._socket.connect(endpoint(runtime_dir, name))
+
+    @classmethod
+    def to(cls, context: zmq.Context[Any], address: str) -> Outbox[T]:
+        """To an inbox on another host (`Inbox.also_at`)."""
+        outbox = cls.__new__(cls)
+        outbox._open(context)
+        outbox._socket.connect(address)
+        return outbox
+
+    @classmethod
+    def bound(cls, context: zmq.Context[Any], host: str) -> tuple[Outbox[T], str]:
+        """To a process on another host, which connects to the address that is returned (`Inbox.connected`)."""
+        outbox = cls.__new__(cls)
+        outbox._open(context)
+        outbox._socket.bind(f"tcp://{host}:*")
+        return outbox, outbox._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def _open(self, context: zmq.Context[Any]) -> None:
         self._encoder = msgspec.msgpack.Encoder()
         self._socket = context.socket(zmq.PUSH)
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RECONNECT_IVL, 5)
-        self._socket.connect(endpoint(runtime_dir, name))
 
     def send(self, message: T) -> None:
         self._socket.send(self._encoder.encode(message), copy=True)

@@ -22,12 +22,13 @@ def worker_name(rank: int) -> str:
 
 
 class Join(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Map the memory in which ranks exchange parts of sums; answered by `Joined`.
+    """Map the memory in which ranks exchange parts of sums; answered by `Joined`. path: None where they are on several
+    hosts, and gloo carries the parts.
 
     part_bytes: of each rank's part. patience: seconds that ranks wait for one another.
     """
 
-    path: str
+    path: str | None
     part_bytes: int
     patience: float
 
@@ -93,11 +94,13 @@ class Joined(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Measured(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """What a rank's part needs, told before it is filled: bytes of its weights, and of a token in its KV pool."""
+    """What a rank's part needs, told before it is filled: bytes of its weights, and of a token in its KV pool; and what
+    was free on its host."""
 
     rank: int
     weight_bytes: int
     token_bytes: int
+    available: int
 
 
 class Loaded(msgspec.Struct, frozen=True, array_like=True, tag=True):
