@@ -6,9 +6,11 @@ kept beside the code that launches them.
 
 from __future__ import annotations
 
+import multiprocessing
 import re
 import subprocess
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
+from engine.kernels.gpu.choices import DTYPES, SAMPLING, distinct, launches
 from engine.kernels.gpu.launch import Call
 
 SHARED_LIMITS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -52,7 +55,7 @@ def compile_call(call: Call, target: int) -> Build:
     unspecialised = {parameter.name for parameter in call.kernel.params if parameter.do_not_specialize}
     for number, name in enumerate(call.kernel.arg_names):
         value = call.constants.get(name, call.arguments.get(name))
-        if name in call.constants or value is None or (value is 1 and name not in unspecialised):  # noqa: F632
+        if name in call.constants or value is None or _is_one(value, name in unspecialised):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name] = _POINTERS[value.dtype]
@@ -69,6 +72,10 @@ def compile_call(call: Call, target: int) -> Build:
     return Build(target, registers, built.metadata.shared, spills, stack)
 
 
+def _is_one(value: Any, unspecialised: bool) -> bool:
+    return type(value) is int and value == 1 and not unspecialised
+
+
 def _resources(ptx: str, target: int) -> tuple[int, int, int]:
     """What the assembler says of a kernel: registers of a thread, bytes spilled, bytes of stack."""
     # Triton assembles for the target with its own features (wgmma, tcgen05), which the PTX names itself.
@@ -83,3 +90,36 @@ def _resources(ptx: str, target: int) -> tuple[int, int, int]:
     used = re.search(r"Used (\d+) registers", said)
     assert found is not None and used is not None, f"ptxas reports in another form: {said}"
     return int(used[1]), int(found[2]) + int(found[3]), int(found[1])
+
+
+@dataclass(frozen=True)
+class Job:
+    """A build to be made: which launch of `choices.launches(shape, dtype)`, told apart by `choices.distinct`."""
+
+    shape: str
+    dtype: str
+    number: int
+    target: int
+
+
+def jobs(shapes: list[str], dtypes: list[str], targets: list[int], kernels: list[str] | None = None) -> list[Job]:
+    """Every build for these; kernels: only of those, by name."""
+    return [
+        Job(shape, dtype, number, target)
+        for shape in shapes
+        for dtype in (dtypes if shape != SAMPLING else ["float32"])
+        for number, call in enumerate(distinct(launches(shape, DTYPES[dtype])))
+        if kernels is None or call.name in kernels
+        for target in targets
+    ]
+
+
+def run_job(job: Job) -> Build:
+    return compile_call(distinct(launches(job.shape, DTYPES[job.dtype]))[job.number], job.target)
+
+
+def build_all(wanted: list[Job], processes: int) -> dict[Job, Build]:
+    """Raises what a compiler raised, for the first build that failed."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        return dict(zip(wanted, pool.map(run_job, wanted), strict=True))

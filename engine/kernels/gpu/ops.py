@@ -6,6 +6,7 @@ of torch's caching allocator, with room behind them for whole blocks of rows (`p
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -23,7 +24,7 @@ from engine.kernels.gpu.experts import (
     laid_out,
     product_tile,
 )
-from engine.kernels.gpu.launch import as_tensor
+from engine.kernels.gpu.launch import Call, as_tensor
 from engine.kernels.gpu.products import head_product, padded_empty, product
 from engine.kernels.table import Activation, MoeWeights, Pooling, RotaryFrequencies, Rows, SharedExpert
 
@@ -41,12 +42,15 @@ class StepContext:
 
 @dataclass(slots=True)
 class GpuOps:
-    """routed: what each mixture of experts of the step has chosen, int32 [T, top_k].
+    """launch: what is done with each kernel's launch; products go to torch.
+
+    routed: what each mixture of experts of the step has chosen, int32 [T, top_k].
 
     inverses, tables: the rotaries' frequencies and the experts' addresses on the device, made when first needed.
     """
 
     device: torch.device
+    launch: Callable[[Call], None] = Call.run
     routed: list[torch.Tensor] = field(default_factory=list)
     inverses: dict[int, tuple[RotaryFrequencies, torch.Tensor]] = field(default_factory=dict)
     tables: dict[int, tuple[MoeWeights, ExpertTable]] = field(default_factory=dict)
@@ -72,7 +76,7 @@ class GpuOps:
 
     def embedding(self, token_ids: torch.Tensor, weight: DenseMatrix, scale: float = 1.0) -> torch.Tensor:
         out = self._empty(token_ids.shape[0], weight.weight.shape[1], weight.weight.dtype)
-        row_calls.embedding_call(token_ids, weight.weight, scale, out).run()
+        self.launch(row_calls.embedding_call(token_ids, weight.weight, scale, out))
         return out
 
     def embedding_sum(
@@ -85,19 +89,19 @@ class GpuOps:
     ) -> torch.Tensor:
         out = self._empty(batch.num_tokens, tokens.weight.shape[1], tokens.weight.dtype)
         kinds = None if types is None else types.weight
-        row_calls.embedding_sum_call(batch, tokens.weight, positions.weight, kinds, first_position, out).run()
+        self.launch(row_calls.embedding_sum_call(batch, tokens.weight, positions.weight, kinds, first_position, out))
         return out
 
     def linear(self, x: torch.Tensor, weight: DenseMatrix, activation: Activation = "identity") -> torch.Tensor:
         out = product(x, weight.weight)
         if weight.offset is not None or activation != "identity":
-            row_calls.finish_call(out, weight.offset, activation).run()
+            self.launch(row_calls.finish_call(out, weight.offset, activation))
         return out
 
     def gated_linear(self, x: torch.Tensor, weight: DenseMatrix, activation: Activation = "silu") -> torch.Tensor:
         both = product(x, weight.weight)
         out = self._empty(x.shape[0], both.shape[1] // 2, x.dtype)
-        row_calls.gate_call(both, weight.offset, activation, out).run()
+        self.launch(row_calls.gate_call(both, weight.offset, activation, out))
         return out
 
     def moe(self, x: torch.Tensor, weights: MoeWeights) -> torch.Tensor:
@@ -105,15 +109,15 @@ class GpuOps:
         router = weights.router.weight.to(torch.float32)
         ids = torch.empty((tokens, top), dtype=torch.int32, device=self.device)
         shares = torch.empty((tokens, top), dtype=torch.float32, device=self.device)
-        choose_call(product(x.to(torch.float32), router), ids, shares, normalise=weights.normalise).run()
+        self.launch(choose_call(product(x.to(torch.float32), router), ids, shares, normalise=weights.normalise))
         self.routed.append(ids)
         table, blocks = self._table(weights), laid_out(ids, router.shape[0], product_tile(x.dtype).rows)
         gated = torch.empty((tokens * top, table.width), dtype=x.dtype, device=self.device)
-        grouped_call(x, table.gate_ups, table.gate_up_biases, blocks, top, gated, activation="silu").run()
+        self.launch(grouped_call(x, table.gate_ups, table.gate_up_biases, blocks, top, gated, activation="silu"))
         partial = torch.empty((tokens * top, x.shape[1]), dtype=torch.float32, device=self.device)
-        grouped_call(gated, table.downs, table.down_biases, blocks, 1, partial).run()
+        self.launch(grouped_call(gated, table.downs, table.down_biases, blocks, 1, partial))
         out = self._empty(tokens, x.shape[1], x.dtype)
-        combine_call(partial, shares, *self._shared(x, weights.shared), out).run()
+        self.launch(combine_call(partial, shares, *self._shared(x, weights.shared), out))
         return out
 
     def _table(self, weights: MoeWeights) -> ExpertTable:
@@ -131,14 +135,14 @@ class GpuOps:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         normed = self._empty(x.shape[0], x.shape[1], x.dtype)
         total = None if residual is None else self._empty(x.shape[0], x.shape[1], x.dtype)
-        row_calls.rms_norm_call(x, residual, weight, eps, normed, total).run()
+        self.launch(row_calls.rms_norm_call(x, residual, weight, eps, normed, total))
         return normed, x if total is None else total
 
     def layer_norm(
         self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, eps: float
     ) -> torch.Tensor:
         out = self._empty(x.shape[0], x.shape[1], x.dtype)
-        row_calls.layer_norm_call(x, residual, weight, bias, eps, out).run()
+        self.launch(row_calls.layer_norm_call(x, residual, weight, bias, eps, out))
         return out
 
     def rotary_store(
@@ -155,7 +159,7 @@ class GpuOps:
         tokens, dim = qkv.shape[0], keys.shape[2]
         queries = self._empty(tokens, qkv.shape[1] - 2 * keys.shape[0] * dim, qkv.dtype).view(tokens, -1, dim)
         rotation = None if rotary is None else step.rotations[rotary]
-        row_calls.rotary_store_call(qkv, q_norm, k_norm, eps, rotation, step.slots, queries, keys, values).run()
+        self.launch(row_calls.rotary_store_call(qkv, q_norm, k_norm, eps, rotation, step.slots, queries, keys, values))
         return queries
 
     def attention(
@@ -170,13 +174,13 @@ class GpuOps:
         tokens, heads, dim = queries.shape
         out = self._empty(tokens, heads * dim, queries.dtype)
         for call in attention_calls(queries, keys, values, scale, window, step.attention, out.view(tokens, heads, dim)):
-            call.run()
+            self.launch(call)
         return out
 
     def logits(self, rows: torch.Tensor, weight: DenseMatrix) -> torch.Tensor:
         out = head_product(rows, weight.weight)
         if weight.offset is not None:
-            row_calls.finish_call(out, weight.offset, "identity").run()
+            self.launch(row_calls.finish_call(out, weight.offset, "identity"))
         return out
 
     def vectors(self, rows: torch.Tensor) -> torch.Tensor:
@@ -191,7 +195,7 @@ class GpuOps:
             torch.index_select(hidden, 0, as_tensor(picked, torch.int64, self.device), out=out)
             return out
         starts = as_tensor([first[row] for row in rows.tolist()], torch.int32, self.device)
-        row_calls.pool_call(hidden, starts, as_tensor(rows + 1, torch.int32, self.device), pooling, out).run()
+        self.launch(row_calls.pool_call(hidden, starts, as_tensor(rows + 1, torch.int32, self.device), pooling, out))
         return out
 
     def _empty(self, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:

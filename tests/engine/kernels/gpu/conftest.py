@@ -26,7 +26,9 @@ def pytest_configure(config: pytest.Config) -> None:
     for module in pkgutil.iter_modules(device.__path__):
         importlib.import_module(f"{device.__name__}.{module.name}")
     importlib.import_module("triton.experimental.gluon")  # else imported at the first launch, and not interpreted
-    importlib.import_module("interpreter").repair()
+    interpreter = importlib.import_module("interpreter")
+    interpreter.hasten()
+    interpreter.repair()
     if before is None:
         del os.environ[VARIABLE]
 

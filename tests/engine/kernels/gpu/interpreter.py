@@ -6,11 +6,13 @@ nearest, and loses a carry into the exponent where it is told to round.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
 import triton.language as tl
 from numpy.typing import NDArray
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 Array = NDArray[Any]
@@ -26,6 +28,24 @@ def narrowed(values: Array) -> Array:
     bits = np.ascontiguousarray(values).view(np.uint32)
     rounded = ((bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+def hasten() -> None:
+    """Have the interpreter put itself in the place of Triton's language once in this process, not at each call of each
+    function, where it spends most of its time."""
+    patch, done = interpreter._patch_lang, set()
+
+    def patch_once(function: Any) -> Any:
+        modules = frozenset(id(value) for value in vars_of(function) if value is tl or value is tl.core)
+        if modules not in done:
+            done.add(modules)
+            patch(function)
+        return interpreter._LangPatchScope()
+
+    def vars_of(function: Any) -> list[Any]:
+        return [value for value in function.__globals__.values() if inspect.ismodule(value)]
+
+    interpreter._patch_lang = patch_once
 
 
 def repair() -> None:
