@@ -40,7 +40,7 @@ def uses(call: Call, calls: list[Call]) -> dict[str, Call]:
 
 
 def tile(call: Call) -> str:
-    """What a program holds at once: of attention query rows and keys, of products rows, columns and depth, else entries."""
+    """What a program holds at once: of attention rows and keys, of products rows, columns and depth; else entries."""
     names = {
         "attend": ("ROWS", "BLOCK_KEYS"), "merge": ("ROWS",), "grouped_product": ("ROWS", "COLUMNS", "DEPTH"),
         "rotary_store": ("HEADS", "BLOCK"),
