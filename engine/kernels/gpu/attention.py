@@ -40,7 +40,7 @@ def tile_of(head_dim: int, dtype: torch.dtype) -> Tile:
     """
     wide = power_of_two(head_dim)
     if dtype == torch.float32:
-        return Tile(rows=16, keys=32, warps=4 if wide <= 128 else 8, stages=1)
+        return Tile(rows=16, keys=32 if wide == 128 else 16, warps=4 if wide <= 128 else 8, stages=1)
     if wide > 128:
         return Tile(rows=32, keys=32, warps=8, stages=2)
     return Tile(rows=64, keys=64, warps=8, stages=2)

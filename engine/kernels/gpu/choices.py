@@ -22,7 +22,10 @@ CHUNK, DECODES, CONTEXT = 256, 4, 2048
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's shape, as far as kernels are chosen by it; head_dim, group and dtype choose attention's tile."""
+    """A model's shape, as far as kernels are chosen by it.
+
+    pool: the dtype of the KV pool; None: that of the activations.
+    """
 
     hidden: int
     heads: int
@@ -35,6 +38,7 @@ class Shape:
     causal: bool = True
     activation: Activation = "silu"
     window: int | None = None
+    pool: torch.dtype | None = None
 
 
 SHAPES = {
@@ -44,6 +48,9 @@ SHAPES = {
     "heads of 96 (Phi-3-mini)": Shape(3072, 32, 32, 96, 8192, 96, window=2047),
     "heads of 128 (Llama-3.1-8B)": Shape(4096, 32, 8, 128, 14336, 128),
     "heads of 128 (Qwen3-30B-A3B)": Shape(2048, 32, 4, 128, 768, 128, normed=True, experts=128),
+    "heads of 128, pool in float32": Shape(4096, 32, 8, 128, 14336, 128, pool=torch.float32),
+    "heads of 128, pool in bfloat16": Shape(4096, 32, 8, 128, 14336, 128, pool=torch.bfloat16),
+    "heads of 256, pool in float32": Shape(2560, 8, 4, 256, 10240, 256, pool=torch.float32),
     "heads of 256 (Gemma-3-4B)": Shape(2560, 8, 4, 256, 10240, 256, normed=True, activation="gelu_tanh", window=1024),
     "both directions (MiniLM)": Shape(384, 12, 12, 32, 1536, 0, causal=False, activation="gelu"),
 }
@@ -72,7 +79,7 @@ def model_launches(shape: Shape, dtype: torch.dtype) -> list[Call]:
     norm, head_norm = torch.empty(hidden, dtype=dtype, device=META), torch.empty(dim, dtype=dtype, device=META)
     rotary = RotaryFrequencies(torch.empty(shape.rotary_dim // 2), 1.0)
     step = ops.begin_step(batch, (rotary,), shape.kv_heads, (shape.window,), causal=shape.causal)
-    pool = torch.empty((2, shape.kv_heads, 4 * CONTEXT, dim), dtype=dtype, device=META)
+    pool = torch.empty((2, shape.kv_heads, 4 * CONTEXT, dim), dtype=shape.pool or dtype, device=META)
     table = gpu_matrix(1024, hidden, dtype, META)
     if shape.causal:
         x = ops.embedding(batch.token_ids, table)

@@ -12,8 +12,8 @@ from engine.kernels.table import Activation, Pooling
 
 # Entries that a program of an elementwise kernel works on.
 STRIP = 1024
-# Heads of a token that a program rotates.
-HEADS = 16
+# Channels of a token's heads that a program rotates; with twice as many some builds spill.
+ROTATED = 2048
 # A norm holds a whole row in registers.
 WIDEST_ROW = 1 << 16
 
@@ -110,6 +110,7 @@ def rotary_store_call(
     """queries: [T, Q, D], written. rotation: cos and sin, float32 [T, rotary_dim / 2]."""
     kv_heads, dim = keys.shape[0], keys.shape[2]
     all_heads = queries.shape[1] + 2 * kv_heads
+    heads = min(max(1, ROTATED // power_of_two(dim)), power_of_two(all_heads))
     cos, sin = (None, None) if rotation is None else rotation
     arguments = {
         "qkv": qkv, "q_norm": q_norm, "k_norm": k_norm, "cos": cos, "sin": sin, "slots": slots, "queries": queries,
@@ -117,7 +118,7 @@ def rotary_store_call(
     }  # fmt: skip
     constants = {
         "QUERY_HEADS": queries.shape[1], "KV_HEADS": kv_heads, "DIM": dim, "BLOCK": power_of_two(dim),
-        "HALF": 0 if cos is None else cos.shape[1], "HEADS": min(HEADS, power_of_two(all_heads)),
+        "HALF": 0 if cos is None else cos.shape[1], "HEADS": heads,
     }  # fmt: skip
-    grid = (qkv.shape[0], parts(all_heads, HEADS), 1)
+    grid = (qkv.shape[0], parts(all_heads, heads), 1)
     return Call(rotary_kernel.rotary_store, grid, arguments, constants, warps=4)
