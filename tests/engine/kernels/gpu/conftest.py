@@ -29,7 +29,6 @@ def pytest_configure(config: pytest.Config) -> None:
     device = importlib.import_module("engine.kernels.gpu.device")
     for module in pkgutil.iter_modules(device.__path__):
         importlib.import_module(f"{device.__name__}.{module.name}")
-    importlib.import_module("triton.experimental.gluon")  # else imported at the first launch, and not interpreted
     interpreter = importlib.import_module("interpreter")
     interpreter.hasten()
     interpreter.repair()

@@ -12,6 +12,8 @@ from engine.kernels.gpu.experts import laid_out
 from engine.kernels.gpu.ops import GpuOps
 from engine.kernels.table import MoeWeights, SharedExpert
 
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the NaN that tests put in
+
 
 def matrix(seed: int, outputs: int, inputs: int, dtype: torch.dtype, *, biased: bool = False) -> DenseMatrix:
     weight = random(seed, outputs, inputs, dtype=dtype) * inputs**-0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import typing
 from typing import Any
 
@@ -66,7 +67,7 @@ def test_embeddings(ops: GpuOps, dtype: torch.dtype, width: int) -> None:
     found = ops.embedding(batch.token_ids.to(ops.device), dense(tokens, None, ops.device), 3.5)
     assert torch.equal(found.cpu(), reference.embedding(batch.token_ids, DenseMatrix(tokens, None), 3.5))
     for type_ids, kinds in ((None, types), (torch.tensor([1, 0, 1, 0, 1]), types), (None, None)):
-        batch.__dict__["type_ids"] = type_ids
+        batch = dataclasses.replace(batch, type_ids=type_ids)
         matrices = [None if part is None else dense(part, None, ops.device) for part in (tokens, positions, kinds)]
         wide = [None if part is None else DenseMatrix(part.double(), None) for part in (tokens, positions, kinds)]
         found = ops.embedding_sum(moved(batch, ops.device), *matrices, 2)

@@ -14,6 +14,7 @@ from engine.kernels.gpu.backend import GpuBackend
 from engine.kernels.gpu.sampling import BLOCK, SECTION
 from engine.kernels.table import Backend, Logprobs
 
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the NaN that tests put in
 LARGEST = float(np.finfo(np.float32).max)
 REFERENCE = EagerBackend()
 WIDTHS = [1, 7, 300, BLOCK, BLOCK + 1]
