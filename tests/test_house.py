@@ -150,6 +150,15 @@ def test_files_are_short_and_have_telling_names() -> None:
             assert path.stem not in EMPTY_NAMES, f"{path.relative_to(ROOT)}: a name that says nothing"
 
 
+def test_triton_is_for_the_kernels_of_gpus_alone() -> None:
+    """Where there is no GPU it need not be installed."""
+    for module in modules().values():
+        if not module.name.startswith("engine.kernels.gpu"):
+            assert not below(module.imports(), "triton"), f"{module.path} imports triton"
+            heavy = below(module.imports(), "engine.kernels.gpu")
+            assert not heavy or module.name in ("engine.kernels.choice", "scripts.gpu_table"), f"{module.path}: {heavy}"
+
+
 def test_nobody_unpickles_or_calls_a_shell() -> None:
     for module in modules().values():
         for unsafe in ("pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"):

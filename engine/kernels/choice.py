@@ -23,15 +23,22 @@ REFERENCE = "reference"
 
 
 def open_backend(
-    isa: str, threads: int | None, exchange: Exchange | None = None, place: tuple[int, int] = (0, 1)
+    isa: str,
+    threads: int | None,
+    exchange: Exchange | None = None,
+    place: tuple[int, int] = (0, 1),
+    *,
+    device: str = "cpu",
 ) -> Backend:
-    """The backend for `--cpu-isa` and `--cpu-threads`.
+    """The backend for `--cpu-isa` and `--cpu-threads`, or that of a GPU ("cuda", "cuda:1"), which knows neither.
 
     isa: "auto" asks the environment (TOKENMILL_CPU_ISA), then the processor. threads: None: one for each physical core
     that this process may use. exchange: with the other ranks, if there are any: this one, number place[0] of place[1]
     on this host, then has its share of the threads, and this thread and those it starts keep to its share of the
-    cores. Raises ConfigError, naming what there is, for an ISA that this machine cannot run.
+    cores. Raises ConfigError, naming what there is, for an ISA or a device that this machine cannot run.
     """
+    if device != "cpu":
+        return _gpu(device)
     cores = physical_cores()
     count = threads or len(cores)
     if exchange is not None:
@@ -62,6 +69,19 @@ def open_backend(
         raise ConfigError(f"--cpu-isa is {wanted!r}; this machine can run {allowed}") from None
     torch.set_num_threads(1)  # torch is left with trifles, and its threads would spin between them
     return backend
+
+
+def _gpu(device: str) -> Backend:
+    if torch.device(device).type != "cuda" or not torch.cuda.is_available():
+        raise ConfigError(f"device is {device!r}; torch {torch.__version__} sees no such GPU on this machine")
+    try:
+        from engine.kernels.gpu.backend import open_gpu_backend
+    except ImportError as error:
+        raise ConfigError(f"device is {device!r}; its kernels need triton: install tokenmill[gpu] ({error})") from None
+    count = torch.cuda.device_count()
+    if (torch.device(device).index or 0) >= count:
+        raise ConfigError(f"device is {device!r}; allowed: cuda:0 to cuda:{count - 1}")
+    return open_gpu_backend(device)
 
 
 def _reference(threads: int, exchange: Exchange | None) -> Backend:

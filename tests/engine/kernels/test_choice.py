@@ -41,6 +41,13 @@ def test_the_best_isa_serves_unless_told_otherwise(monkeypatch: pytest.MonkeyPat
     assert isa_of("reference") == "reference"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused_by_name() -> None:
+    for device in ("cuda", "cuda:1", "mps"):
+        with pytest.raises(ConfigError, match=f"device is '{device}'; torch .* sees no such GPU on this machine"):
+            open_backend("auto", None, device=device)
+
+
 def test_what_cannot_be_run_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKENMILL_CPU_ISA", "sse9")
     with pytest.raises(ConfigError, match=f"'sse9'; this machine can run auto, reference, {ISAS[0]}"):

@@ -1,0 +1,167 @@
+"""The backend on a device: plain weights there, and programs that launch the model's ops at each step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from engine.kernels.batch import RaggedBatch
+from engine.kernels.dense import DenseMatrix
+from engine.kernels.gpu import sampling
+from engine.kernels.gpu.launch import as_tensor
+from engine.kernels.gpu.ops import GpuOps
+from engine.kernels.gpu.products import gpu_matrix, make_products_exact
+from engine.kernels.kv_cache import KvCache
+from engine.kernels.table import Doubles, Floats, Integers, Logprobs, Longs, Ops, Pooling, Rows
+from engine.parallel.group import ALONE, Group
+
+
+@dataclass(slots=True)
+class GpuProgram:
+    """batch, hidden: of the last step, on the device. rows: what the head was last given."""
+
+    step: Callable[[Ops, RaggedBatch, KvCache], Any]
+    head: Callable[[Ops, Any], Any]
+    cache: KvCache
+    ops: GpuOps
+    pooling: Pooling = "row"
+    batch: RaggedBatch | None = None
+    hidden: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
+
+    @torch.inference_mode()
+    def run(self, batch: RaggedBatch, rows: Rows, keep: Longs | None = None) -> torch.Tensor:
+        """Queues the step and its head; nothing waits for the GPU."""
+        self.ops.routed = []
+        self.batch = on_device(batch, self.ops.device)
+        self.hidden = self.step(cast(Ops, self.ops), self.batch, self.cache)
+        return self.logits(rows)
+
+    @torch.inference_mode()
+    def logits(self, rows: Rows, keep: Longs | None = None) -> torch.Tensor:
+        """Queues the head; nothing waits."""
+        assert self.hidden is not None and self.batch is not None, "logits are asked for before a step was run"
+        self.rows = self.ops.pool(self.hidden, self.batch, rows, self.pooling)
+        result: torch.Tensor = self.head(cast(Ops, self.ops), self.rows)
+        return result
+
+    def pooled(self) -> torch.Tensor:
+        assert self.rows is not None, "pooled rows are asked for before a step was run"
+        return self.rows.to(torch.float32)
+
+    def routing(self) -> list[Integers]:
+        """Waits for the step."""
+        return [ids.cpu().numpy().astype(np.int32) for ids in self.ops.routed]
+
+    def set_profiling(self, on: bool) -> None:
+        pass
+
+    def take_profile(self) -> dict[str, float]:
+        return {}
+
+
+def on_device(batch: RaggedBatch, device: torch.device) -> RaggedBatch:
+    """The same batch with its tensors there; copied without waiting."""
+    if batch.token_ids.device.type == device.type:
+        return batch
+
+    def there(tensor: torch.Tensor) -> torch.Tensor:
+        return as_tensor(tensor, tensor.dtype, device)
+
+    return dataclasses.replace(
+        batch,
+        token_ids=there(batch.token_ids),
+        positions=there(batch.positions),
+        slots=there(batch.slots),
+        context_slots=there(batch.context_slots),
+        type_ids=None if batch.type_ids is None else there(batch.type_ids),
+    )
+
+
+@dataclass(frozen=True)
+class GpuBackend:
+    """Kernels on one device: a GPU, or in tests the CPU, where Triton's interpreter runs them."""
+
+    device: torch.device
+
+    @property
+    def group(self) -> Group:
+        return ALONE
+
+    @property
+    def name(self) -> str:
+        if self.device.type == "cuda":
+            return f"triton ({torch.cuda.get_device_name(self.device)})"
+        return f"triton ({self.device})"
+
+    @property
+    def prefill_chunk(self) -> int:
+        # Sixteen blocks of rows: products then cost several times what reading the weights does.
+        return 2048
+
+    def matrix(
+        self, outputs: int, inputs: int, dtype: torch.dtype, *, bias: bool = False, gated: bool = False
+    ) -> DenseMatrix:
+        return gpu_matrix(outputs, inputs, dtype, self.device, bias=bias)
+
+    def vector(self, size: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device=self.device)
+
+    def compile(
+        self,
+        step: Callable[[Ops, RaggedBatch, KvCache], Any],
+        head: Callable[[Ops, Any], Any],
+        cache: KvCache,
+        dtype: torch.dtype,
+        pooling: Pooling = "row",
+    ) -> GpuProgram:
+        return GpuProgram(step, head, cache, GpuOps(self.device), pooling)
+
+    def best(self, logits: torch.Tensor) -> tuple[Longs, Floats]:
+        return sampling.best(self._here(logits))
+
+    def draw(
+        self,
+        logits: torch.Tensor,
+        rows: Longs,
+        temperatures: Doubles,
+        top_ks: Longs,
+        top_ps: Doubles,
+        min_ps: Doubles,
+        uniforms: Doubles,
+    ) -> Longs:
+        return sampling.draw(self._here(logits), rows, temperatures, top_ks, top_ps, min_ps, uniforms)
+
+    def logprobs(
+        self,
+        logits: torch.Tensor,
+        rows: Longs,
+        temperatures: Doubles,
+        tokens: Longs,
+        tops: Longs,
+        id_counts: Longs,
+        ids: Longs,
+    ) -> Logprobs:
+        return sampling.logprobs(self._here(logits), rows, temperatures, tokens, tops, id_counts, ids)
+
+    def _here(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.to(self.device)
+
+
+def open_gpu_backend(device: torch.device | str) -> GpuBackend:
+    """The backend on "cuda" or "cuda:N", which becomes the process's current device, or on "cpu" (interpreted).
+
+    Raises RuntimeError where torch cannot use that GPU.
+    """
+    chosen = torch.device(device)
+    make_products_exact()
+    if chosen.type == "cuda":
+        if chosen.index is None:
+            chosen = torch.device("cuda", torch.cuda.current_device())
+        torch.cuda.set_device(chosen)
+    return GpuBackend(chosen)
