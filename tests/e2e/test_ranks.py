@@ -102,7 +102,7 @@ def test_answers_are_those_of_one_rank(case: str, tmp_path: Path) -> None:
 def test_the_default_model_on_two_ranks(oracle: Any) -> None:
     """Nine heads in three groups: ranks hold two groups and one."""
     with running_server("--tp-size", "2", "--dtype", "float32", env=ENVIRONMENT) as server:
-        answers = generate(server, PROMPTS, 8)
+        answers = generate(server, PROMPTS[:6], 6)
     for answer in answers:
         logprobs = [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]
         check_greedy(oracle, answer["prompt_token_ids"], answer["output_ids"], logprobs)
