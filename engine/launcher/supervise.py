@@ -270,27 +270,37 @@ def _replace(tree: Tree, child: Child) -> None:
         return
     tree.run = msgspec.structs.replace(tree.run, epoch=tree.run.epoch + 1)
     write_run_config(tree.run, tree.config_file)
+    mates, struck = _end_mates(tree, child)
     if not child.program.listens:
         suspect = tree.board.held(name) or None
         tree.board.hold(name, 0)
-        certain = child.died_by_itself(tree.board.struck)
+        # A rank ends, or waits, because of one that was killed or stopped.
+        certain = child.died_by_itself(tree.board.struck) and not struck
         if tree.serves:
             tree.frontend.send(Lost(name, tree.run.epoch, suspect, certain))
     _bury(tree, child, "it is started again" + (f" in {delay:g} s" if delay else ""))
-    for program in (child.program, *_end_group(tree, child)):
-        tree.due[program] = now + delay
+    for mate in mates:
+        _bury(tree, mate, f"it was ended since {child.program.title} has; it is started again")
+    for one in (child, *mates):
+        tree.due[one.program] = now + delay
     tree.notifier.status(f"restarting the {name}: {child.describe_end()}")
 
 
-def _end_group(tree: Tree, dead: Child) -> list[Program]:
-    """End those who can do nothing without `dead`; returns what they were."""
-    others = [child for child in tree.children if child.program.counts_as == dead.program.counts_as]
-    for child in others:
-        child.process.kill()
-    for child in others:
-        child.process.wait()
-        _bury(tree, child, f"it was ended since {dead.program.title} has; it is started again")
-    return [child.program for child in others]
+def _end_mates(tree: Tree, dead: Child) -> tuple[list[Child], bool]:
+    """End those who can do nothing without `dead`. Returns them, and whether somebody had killed or stopped one."""
+    name, struck = dead.program.counts_as, False
+    mates = [child for child in tree.children if child is not dead and child.program.counts_as == name]
+    for mate in mates:
+        if mate.process.poll() is not None:
+            struck = struck or not mate.died_by_itself(tree.board.struck)
+        elif dead.hung:
+            mate.kill_hung()
+            struck = struck or mate.stopped
+        else:
+            mate.process.kill()
+    for mate in mates:
+        mate.process.wait()
+    return mates, struck
 
 
 def _give_up(tree: Tree, name: str) -> None:
