@@ -84,8 +84,8 @@ def test_prompts_of_many_samples_count_for_the_queue() -> None:
 
 def test_texts_that_everybody_would_wait_for(live: Live) -> None:
     for path, body, said in (
-        ("/tokenize", {"prompt": "x" * (1 << 20) + "y"}, "a text has 1048577 characters; at most 1048576"),
-        ("/tokenize", {"prompt": ["x" * (1 << 20)] * 5}, "5242880 characters in all; at most 4194304"),
+        ("/tokenize", {"prompt": "x" * (1 << 18) + "y"}, "a text has 262145 characters; at most 262144"),
+        ("/tokenize", {"prompt": ["x" * (1 << 18)] * 17}, "4456448 characters in all; at most 4194304"),
         ("/tokenize", {"prompt": ["x"] * 65537}, "prompt may have at most 65536 entries, got 65537."),
         ("/detokenize", {"tokens": [5] * ((1 << 22) + 1)}, "4194305 ids in all; at most 4194304"),
         ("/detokenize", {"tokens": [[5]] * 65537}, "tokens may have at most 65536 entries, got 65537."),
