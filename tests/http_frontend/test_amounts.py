@@ -41,6 +41,14 @@ def test_what_every_item_repeats(field: str, samples: bool) -> None:
     assert len(plan(fields | {"text": "a", "sampling_params": REPEATED[field].get("sampling_params", FEW)}).items) == 1
 
 
+def test_items_of_a_call() -> None:
+    most = 65_536
+    assert len(plan({"text": "a", "sampling_params": {"n": most}}).items) == most
+    for prompts, n in ((1, most + 1), (2, most // 2 + 1), (most + 1, 1)):
+        said = refusal({"text": ["a"] * prompts, "sampling_params": {"n": n}})[2]
+        assert said == f"a call may have at most {most} items, got {prompts} prompts times n={n}."
+
+
 def test_fields_of_their_own() -> None:
     keys = [f"{i}{LONG}" for i in range(20)]
     made = plan({"text": ["a"] * 20, "extra_key": keys, "token_ids_logprob": [[1]] * 20, "return_logprob": True})
