@@ -57,13 +57,15 @@ class Router:
 
 
 @contextmanager
-def running_router(*workers: str, flags: tuple[str, ...] = ()) -> Iterator[Router]:
-    """Run `python -m sglang_router.launch_router` in front of `workers`, until the block ends."""
+def running_router(*workers: str, flags: tuple[str, ...] = (), key: str | None = None) -> Iterator[Router]:
+    """Run `python -m sglang_router.launch_router` in front of `workers`, until the block ends. key: of all."""
     with tempfile.TemporaryDirectory(prefix="tokenmill-router-") as folder:
         log_path = Path(folder) / "log"
         for attempt in range(1, ATTEMPTS + 1):
             port, metrics_port = free_port(), free_port()
             words = ["--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(metrics_port), *flags]
+            if key is not None:
+                words += ["--api-key", key]
             if workers:
                 words += ["--worker-urls", *workers]
             with log_path.open("wb") as log:
@@ -72,7 +74,9 @@ def running_router(*workers: str, flags: tuple[str, ...] = ()) -> Iterator[Route
                     stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 )  # fmt: skip
             try:
-                with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE, trust_env=False) as http:
+                headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+                url = f"http://127.0.0.1:{port}"
+                with httpx.Client(base_url=url, headers=headers, timeout=PATIENCE, trust_env=False) as http:
                     router = Router(str(http.base_url), http, log_path)
                     if not _listens(router, process) and attempt < ATTEMPTS:
                         continue

@@ -87,6 +87,14 @@ def _ends(chunks: list[Json]) -> dict[int, Json]:
     return {chunk.get("index", 0): lasting(chunk) for chunk in chunks}
 
 
+def test_a_client_that_leaves_ends_its_request(router: Router, replicas: list[LiveServer]) -> None:
+    body = {"text": "x", "sampling_params": {"max_new_tokens": 10_000, "ignore_eos": True}}
+    with Api(router.url).open_stream(**body) as chunks:
+        assert next(chunks)["meta_info"]["finish_reason"] is None
+    for replica in replicas:
+        Api(replica.url).wait_idle()
+
+
 @pytest.mark.parametrize(
     "body",
     [{}, {"text": "x", "sampling_params": {"temperature": -1}}, {"input_ids": [5] * 20000}, {"input_ids": [9999]}],
@@ -195,6 +203,16 @@ def test_vectors_through_the_router(tmp_path: Path) -> None:
         found = through.post(body, "/v1/rerank").raise_for_status().json()["results"]
         assert [(one["index"], one["document"]) for one in found] == [(one["index"], one["document"]) for one in wanted]
         assert [one["score"] for one in found] == pytest.approx([one["score"] for one in wanted], rel=1e-6)
+
+
+def test_the_router_has_the_key_of_the_replicas(tiny_model: Path) -> None:
+    with (
+        running_server(*FLAGS, "--api-key", "a-key", model=tiny_model) as replica,
+        running_router(replica.url, flags=QUICK, key="a-key") as router,
+    ):
+        api = Api(router.url, Authorization="Bearer a-key")
+        assert api.generate(text="x", sampling_params={"max_new_tokens": 1})["meta_info"]["completion_tokens"] == 1
+        assert Api(router.url).post({"text": "x"}).status_code == 401
 
 
 @contextmanager
