@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.bench.roofline import Shape, shape_of
-from engine.checkpoints.locate import ModelSource
 from engine.checkpoints.read_config import read_model_config
+from engine.config import ModelSource
 
 CONTEXT = 4096
 """Tokens that each request holds in the pool."""

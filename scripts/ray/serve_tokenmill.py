@@ -51,7 +51,7 @@ class Tokenmill:
     share; None: all that Ray's worker may use.
     """
 
-    async def __init__(self, flags: list[str], cpus: int | None = None) -> None:
+    async def __init__(self, flags: list[str], cpus: int | None = None) -> None:  # type: ignore[misc]
         """Returns when the server is ready: Ray sends nothing before, and takes any time for a start. Raises
         RuntimeError where it ends instead."""
         words = [sys.executable, "-m", "engine", "serve", "--drain-timeout", f"{DRAIN_SECONDS:g}", *flags]
@@ -135,5 +135,7 @@ def app(args: dict[str, str]) -> Any:
         raise ValueError(f"argument {unknown[0]!r} is not known; known are flags, replicas, cpus")
     cpus = int(args["cpus"]) if "cpus" in args else None
     options = {} if cpus is None else {"num_cpus": cpus}
-    sized = Tokenmill.options(num_replicas=int(args.get("replicas", "1")), ray_actor_options=options)
+    sized = Tokenmill.options(  # type: ignore[attr-defined]
+        num_replicas=int(args.get("replicas", "1")), ray_actor_options=options
+    )
     return sized.bind(shlex.split(args.get("flags", "")), cpus)
