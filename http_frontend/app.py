@@ -128,7 +128,7 @@ def _operation_routes(operation: Operation) -> list[Route]:
 
 def _load_routes(frontend: Frontend) -> list[Route]:
     loads = Loads(frontend)
-    routes = [_route("/v1/loads", loads.loads, "GET"), _route("/get_load", loads.loads, "GET")]
+    routes = [_route("/v1/loads", loads.loads, "GET"), _route("/get_load", loads.old_loads, "GET")]
     if frontend.run.server.enable_metrics:
         from http_frontend.metrics_page import MetricsPage  # its library is loaded only where it is wanted
 

@@ -138,6 +138,10 @@ class WatchedConnection(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
+        # RFC 9112, 3.2: what is asked of two hosts, or of none, is not to be answered; the parser makes a 400 of this.
+        hosts = sum(name == b"host" for name, _ in self.headers)
+        if hosts > 1 or (hosts == 0 and self.parser.get_http_version() == "1.1"):
+            raise ValueError(f"{hosts} Host headers")
         self.head_since = None
         self.head_bytes = 0
         self.in_body = True

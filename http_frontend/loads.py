@@ -1,4 +1,4 @@
-"""GET /v1/loads: how busy the server is, for routers (contract §4.7)."""
+"""GET /v1/loads: how busy the server is (contract §4.7). GET /get_load: the older form, which sglang-router reads."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def load_of(frontend: Frontend) -> Load:
 
 
 class Loads:
-    """The handler. Waits for the model to be loaded, since the limits are known only then."""
+    """The handlers. They wait for the model to be loaded, since the limits are known only then."""
 
     def __init__(self, frontend: Frontend) -> None:
         self._frontend = frontend
@@ -90,6 +90,22 @@ class Loads:
                 "num_accelerators": 1,
                 "loads": loads,
             }
+        )
+
+    async def old_loads(self, _request: Request) -> Response:
+        """An entry for each rank: sglang-router takes the sum of their `num_tokens` for the worker's load."""
+        await asyncio.shield(self._frontend.limits)
+        await self._frontend.watch.newest(_PATIENCE)
+        load = load_of(self._frontend)
+        return json_response(
+            [
+                {
+                    "dp_rank": 0,
+                    "num_reqs": load.num_running_reqs + load.num_waiting_reqs,
+                    "num_waiting_reqs": load.num_waiting_reqs,
+                    "num_tokens": load.num_total_tokens,
+                }
+            ]
         )
 
     def _rank(self, sections: set[str], now: float) -> dict[str, Any]:

@@ -113,7 +113,7 @@ _MODEL_INFO = Page(summary="What is served.")
 _SERVER_INFO = Page(summary="Every flag, the limits, and the state of the scheduler.", errors=(500, 503))
 _UPDATE = _commands("Replace the weights by those of another checkpoint.", UPDATE, JSON)
 _LOADS = Page(
-    summary="How busy the server is, for routers.",
+    summary="How busy the server is.",
     media=(JSON, TEXT),
     errors=(400, 500, 503),
     query=[
@@ -148,7 +148,7 @@ PAGES = {
     "/server_info": _SERVER_INFO,
     "/get_server_info": _SERVER_INFO,
     "/v1/loads": _LOADS,
-    "/get_load": _LOADS,
+    "/get_load": Page(summary="How busy the server is, in the form that sglang-router reads.", errors=(500, 503)),
     "/metrics": Page(
         summary="Counts and times for Prometheus.",
         media=(TEXT, "application/openmetrics-text"),

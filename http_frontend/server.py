@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import logging
 import socket
 from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import uvicorn
 import uvloop
@@ -23,14 +25,31 @@ from http_frontend.turnstile import ACCEPTED
 
 BACKLOG = 2048
 """Connections that the kernel keeps until they are accepted."""
+_HANDSHAKE_SECONDS = 10.0
+"""Most time for a handshake of TLS; less where --request-read-timeout is less."""
 _CLOSING_SECONDS = 5
 """Time that connections get, once nothing is in flight, to take what was sent to them."""
 
 
 def serve(run: RunConfig, listener: socket.socket) -> None:
     """Serve until the launcher's `Drain` has been carried out. What breaks the frontend ends this process."""
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner, zmq.Context() as context:
+    loop = functools.partial(_Loop, min(run.server.request_read_timeout, _HANDSHAKE_SECONDS))
+    with asyncio.Runner(loop_factory=loop) as runner, zmq.Context() as context:
         runner.run(_serve(run, listener, context))
+
+
+class _Loop(uvloop.Loop):
+    """Uvloop's, with a time of its own for the handshakes of TLS: uvicorn passes none on, and knows nothing of a
+    connection until its handshake is done."""
+
+    def __init__(self, handshake_seconds: float) -> None:
+        super().__init__()
+        self._handshake_seconds = handshake_seconds
+
+    async def create_server(self, *arguments: Any, **named: Any) -> asyncio.Server:
+        if named.get("ssl") is not None:
+            named["ssl_handshake_timeout"] = self._handshake_seconds
+        return cast("asyncio.Server", await super().create_server(*arguments, **named))
 
 
 class _Server(uvicorn.Server):

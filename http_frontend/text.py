@@ -7,15 +7,14 @@ from starlette.responses import Response
 
 from engine.wire.to_detokenizer import Detokenize
 from engine.wire.to_frontend import Detokenized, Tokenized
-from engine.wire.to_tokenizer import Tokenize
+from engine.wire.to_tokenizer import Tokenize, longest_text
 from http_frontend.amounts import check_count
 from http_frontend.bodies import DETOKENIZE, TOKENIZE, Ids, check_content_type, check_depth, decode_body
 from http_frontend.errors import RefusedError, json_response, unreadable
 from http_frontend.frontend import Frontend
 
-LONGEST_TEXT = 1 << 20
 MOST_TEXT = 1 << 22
-"""Characters of one text of `/tokenize`, and of all texts of a call; ids of a call of `/detokenize`."""
+"""Characters of all texts of a call of `/tokenize`; ids of a call of `/detokenize`."""
 
 
 class Text:
@@ -31,7 +30,7 @@ class Text:
         if (asked.prompt is None) == (asked.messages is None):
             raise unreadable("1 validation error: Exactly one of 'prompt' or 'messages' must be provided.")
         check_depth(asked.messages, asked.tools, asked.chat_template_kwargs)
-        _check_size(asked.prompt)
+        _check_size(asked.prompt, longest_text(self._frontend.run.facts.context_length))
         self._frontend.check_open()
         go_on = bool(asked.continue_final_message)
         begin = asked.add_generation_prompt
@@ -75,12 +74,12 @@ class Text:
         return json_response({"text": answer.texts if nested else answer.texts[0]})
 
 
-def _check_size(prompt: str | list[str] | None) -> None:
-    """Raise the refusal of more text than is tokenized at once: everybody else waits for it."""
+def _check_size(prompt: str | list[str] | None, longest: int) -> None:
+    """Raise the refusal of more text than is tokenized at once. longest: characters that one text may have."""
     sizes = [len(text) for text in ([prompt] if isinstance(prompt, str) else prompt or [])]
     check_count("prompt", len(sizes))
-    if max(sizes, default=0) > LONGEST_TEXT:
-        raise unreadable(f"1 validation error: prompt: a text has {max(sizes)} characters; at most {LONGEST_TEXT}")
+    if max(sizes, default=0) > longest:
+        raise unreadable(f"1 validation error: prompt: a text has {max(sizes)} characters; at most {longest}")
     if sum(sizes) > MOST_TEXT:
         raise unreadable(f"1 validation error: prompt: {sum(sizes)} characters in all; at most {MOST_TEXT}")
 

@@ -22,6 +22,7 @@ from engine.wire.to_scheduler import ToScheduler
 from engine.wire.to_tokenizer import Embed, Generate, Judge, Tokenize, ToTokenizer
 from engine.wire.tuning import tune
 from tokenizer_proc.admission import admit
+from tokenizer_proc.long_calls import LongCalls
 from tokenizer_proc.replies import tokenized
 from tokenizer_proc.validation import Bounds
 
@@ -40,6 +41,7 @@ def main() -> None:
     frontend: Outbox[ToFrontend] = Outbox(context, config.runtime_dir, "frontend")
     scheduler: Outbox[ToScheduler] = Outbox(context, config.runtime_dir, "scheduler")
     heart = Heart(config.runtime_dir, "tokenizer")
+    calls = LongCalls()
     gc.collect()
     gc.freeze()  # what is loaded now lives until the end: the collector need not look at it again
     report_ready(context, config, "tokenizer")
@@ -47,12 +49,20 @@ def main() -> None:
         heart.beat()
         if faults.armed:
             faults.spring_in_loop("tokenizer")
-        inbox.wait(BEATS)
+        inbox.wait(0 if calls else BEATS)
         for message in inbox.drain():
             heart.beat()
+            if calls.enter(message):
+                continue
             key = message.key if isinstance(message, Generate | Embed | Judge | Tokenize) else 0
             heart.board.hold("tokenizer", key)
             handle(message, tokenizer, bounds, frontend, scheduler)
+            heart.board.hold("tokenizer", 0)
+        if calls:
+            heart.beat()
+            heart.board.hold("tokenizer", calls.key)
+            if (answer := calls.go_on(tokenizer, bounds.context_length)) is not None:
+                frontend.send(answer)
             heart.board.hold("tokenizer", 0)
 
 

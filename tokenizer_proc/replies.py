@@ -10,10 +10,7 @@ from engine.checkpoints.tokenizer import Tokenizer, encode
 from engine.config.logs import about
 from engine.wire.failures import is_failure
 from engine.wire.to_frontend import Accepted, Tokenized
-from engine.wire.to_tokenizer import Embed, Generate, Tokenize
-
-LONGEST_CHAT = 1 << 20
-"""Characters of messages that are rendered; the frontend bounds those of prompts."""
+from engine.wire.to_tokenizer import Embed, Generate, Tokenize, longest_text
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +31,7 @@ def tokenized(message: Tokenize, tokenizer: Tokenizer | None, context_length: in
         return Tokenized(message.key, [], -1, "this server has no tokenizer (--skip-tokenizer-init)")
     limit = tokenizer.model_max_length or context_length
     try:
-        return Tokenized(message.key, _ids(message, tokenizer), limit, None)
+        return Tokenized(message.key, _ids(message, tokenizer, longest_text(context_length)), limit, None)
     except ChatTemplateError as error:
         return Tokenized(message.key, [], limit, str(error))
     except BaseException as error:
@@ -44,7 +41,8 @@ def tokenized(message: Tokenize, tokenizer: Tokenizer | None, context_length: in
         return Tokenized(message.key, [], limit, f"{type(error).__name__}: {error}")
 
 
-def _ids(message: Tokenize, tokenizer: Tokenizer) -> list[list[int]]:
+def _ids(message: Tokenize, tokenizer: Tokenizer, longest: int) -> list[list[int]]:
+    """longest: characters of messages that are rendered; the frontend bounds those of prompts."""
     if message.messages is None:
         return [encode(tokenizer, prompt, message.add_special_tokens) for prompt in message.prompts or []]
     text = render_chat(
@@ -55,6 +53,6 @@ def _ids(message: Tokenize, tokenizer: Tokenizer) -> list[list[int]]:
         tools=message.tools,
         template_kwargs=message.template_kwargs,
     )
-    if len(text) > LONGEST_CHAT:
-        raise ChatTemplateError(f"the messages make a text of {len(text)} characters; at most {LONGEST_CHAT}")
+    if len(text) > longest:
+        raise ChatTemplateError(f"the messages make a text of {len(text)} characters; at most {longest}")
     return [encode(tokenizer, text, add_special_tokens=False)]

@@ -26,10 +26,10 @@ class NotFoundError(CheckpointError):
 @contextmanager
 def makes_sense(path: str | Path) -> Iterator[None]:
     """What the reading of `path` trips over without having foreseen it comes as a CheckpointError too: whatever a file
-    holds, it is the file that is to blame, and a server that runs goes on."""
+    holds, it is the file that is to blame, and a server that runs goes on. A MemoryError says nothing of the file."""
     try:
         yield
-    except CheckpointError:
+    except (CheckpointError, MemoryError):
         raise
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of packages in Rust

@@ -87,4 +87,13 @@ class Tokenize(msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=T
     template_kwargs: dict[str, Any]
 
 
+LONGEST_TEXT = 1 << 18
+
+
+def longest_text(context_length: int) -> int:
+    """Characters of one text of a `/tokenize` call: it is tokenized as a whole, and everybody else waits for that. As
+    long as a prompt of a request may be, in characters."""
+    return max(LONGEST_TEXT, 4 * context_length)
+
+
 ToTokenizer = Generate | Embed | Judge | Tokenize | Control

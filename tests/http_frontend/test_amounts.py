@@ -41,6 +41,14 @@ def test_what_every_item_repeats(field: str, samples: bool) -> None:
     assert len(plan(fields | {"text": "a", "sampling_params": REPEATED[field].get("sampling_params", FEW)}).items) == 1
 
 
+def test_items_of_a_call() -> None:
+    most = 65_536
+    assert len(plan({"text": "a", "sampling_params": {"n": most}}).items) == most
+    for prompts, n in ((1, most + 1), (2, most // 2 + 1), (most + 1, 1)):
+        said = refusal({"text": ["a"] * prompts, "sampling_params": {"n": n}})[2]
+        assert said == f"a call may have at most {most} items, got {prompts} prompts times n={n}."
+
+
 def test_fields_of_their_own() -> None:
     keys = [f"{i}{LONG}" for i in range(20)]
     made = plan({"text": ["a"] * 20, "extra_key": keys, "token_ids_logprob": [[1]] * 20, "return_logprob": True})
@@ -84,8 +92,8 @@ def test_prompts_of_many_samples_count_for_the_queue() -> None:
 
 def test_texts_that_everybody_would_wait_for(live: Live) -> None:
     for path, body, said in (
-        ("/tokenize", {"prompt": "x" * (1 << 20) + "y"}, "a text has 1048577 characters; at most 1048576"),
-        ("/tokenize", {"prompt": ["x" * (1 << 20)] * 5}, "5242880 characters in all; at most 4194304"),
+        ("/tokenize", {"prompt": "x" * (1 << 18) + "y"}, "a text has 262145 characters; at most 262144"),
+        ("/tokenize", {"prompt": ["x" * (1 << 18)] * 17}, "4456448 characters in all; at most 4194304"),
         ("/tokenize", {"prompt": ["x"] * 65537}, "prompt may have at most 65536 entries, got 65537."),
         ("/detokenize", {"tokens": [5] * ((1 << 22) + 1)}, "4194305 ids in all; at most 4194304"),
         ("/detokenize", {"tokens": [[5]] * 65537}, "tokens may have at most 65536 entries, got 65537."),

@@ -74,9 +74,12 @@ def test_routes_methods_and_slashes(live: Live) -> None:
         moved = client.get(path)
         assert (moved.status_code, moved.headers["location"].endswith(path.rstrip("/"))) == (307, True)
     assert client.head("/").status_code == client.get("/").status_code == 200
-    crossed = client.options(
-        "/generate", headers={"Origin": "http://a", "Access-Control-Request-Method": "POST"}
-    ).headers
+    asked = {"Access-Control-Request-Method": "PUT", "Access-Control-Request-Headers": "authorization, x-own"}
+    preflight = client.options("/generate", headers={"Origin": "http://a"} | asked)
+    assert preflight.status_code == 200, preflight.text
+    crossed = preflight.headers
+    assert "PUT" in crossed["access-control-allow-methods"]
+    assert {"authorization", "x-own"} <= set(crossed["access-control-allow-headers"].replace(" ", "").split(","))
     assert crossed["access-control-allow-origin"] in ("*", "http://a")
     assert crossed["access-control-allow-credentials"] == "true"
     assert client.get("/health", headers={"Origin": "http://a"}).headers["access-control-allow-origin"]

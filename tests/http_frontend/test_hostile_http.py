@@ -49,6 +49,17 @@ def test_a_body_whose_end_can_be_read_in_two_ways(case: str, live: Live) -> None
     connection.close()
 
 
+@pytest.mark.parametrize(
+    ("version", "hosts", "status"),
+    [("1.1", 0, 400), ("1.1", 2, 400), ("1.1", 1, 200), ("1.0", 0, 200), ("1.0", 2, 400)],
+)
+def test_a_request_is_for_one_host(version: str, hosts: int, status: int, live: Live) -> None:
+    lines = [f"GET /ping HTTP/{version}", *["host: x"] * hosts, "", ""]
+    with live.socket() as connection:
+        connection.sendall("\r\n".join(lines).encode())
+        assert status_of(connection) == status
+
+
 def test_no_key_trails_behind_a_body() -> None:
     trailer = b"0\r\nAuthorization: Bearer key\r\n\r\n"
     with live_frontend(api_key="key") as live:
@@ -94,6 +105,17 @@ def test_a_body_in_the_smallest_chunks_is_a_body(live: Live) -> None:
 def test_a_body_that_goes_on_behind_its_answer() -> None:
     with live_frontend(api_key="key") as live:
         assert endless(live, b"", b"4e20\r\n" + b"x" * 20_000 + b"\r\n", CHUNKS) < 20
+
+
+def test_a_head_without_end(live: Live) -> None:
+    """It is not its time that is over: that would be in a minute."""
+    connection = live.socket()
+    connection.sendall(b"GET /health HTTP/1.1\r\nX: ")
+    with pytest.raises(OSError, match=r"Broken pipe|reset"):
+        for _ in range(2000):
+            connection.sendall(b"x" * 20_000)
+    connection.close()
+    assert live.client.get("/health").status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/get_weights_by_name", "/start_profile", "/configure_logging"])

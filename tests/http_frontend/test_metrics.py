@@ -123,11 +123,13 @@ def test_gauges_are_of_the_scheduler_and_it_is_asked_once_a_second(counted: Live
     }  # fmt: skip
     assert memory == {"weight_gb": 0.1, "kv_cache_gb": 0.2, "graph_gb": 0.0, "token_capacity": 4096}
     assert queues == {"waiting": 3, "grammar": 0, "paused": 0, "retracted": 1}
+    old = counted.client.get("/get_load").json()
+    assert old == [{"dp_rank": 0, "num_reqs": 5, "num_waiting_reqs": 3, "num_tokens": 1064}]
 
 
 def test_loads_takes_what_is_wanted_of_it(counted: Live) -> None:
     client = counted.client
-    core = client.get("/get_load?include=core").json()["loads"][0]
+    core = client.get("/v1/loads?include=core").json()["loads"][0]
     assert "memory" not in core and "queues" not in core and core["max_running_requests"] == 64
     assert "queues" in client.get("/v1/loads?include=core,queues&dp_rank=0").json()["loads"][0]
     text = client.get("/v1/loads?format=prometheus").text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import resource
 import socket
 import time
 from collections.abc import Callable
@@ -95,17 +96,18 @@ def test_prompt_tokens_that_wait_are_bounded() -> None:
         assert first.result().status_code == 200
 
 
-def test_large_bodies_are_refused_before_they_are_read() -> None:
-    with live_frontend(max_body_bytes=1000) as live:
-        told = send(live, "/generate", b"", "Content-Length: 1001", "Expect: 100-continue")
+@pytest.mark.parametrize("most", [1000, 100_000])
+def test_large_bodies_are_refused_before_they_are_read(most: int) -> None:
+    with live_frontend(max_body_bytes=most) as live:
+        told = send(live, "/generate", b"", f"Content-Length: {most + 1}", "Expect: 100-continue")
         answer = told.recv(1 << 16).decode()
         answer += "" if answer.endswith("}") else told.recv(1 << 16).decode()
         assert answer.startswith("HTTP/1.1 413 ")
-        message = "The body has more than 1000 bytes, the most that are accepted."
+        message = f"The body has more than {most} bytes, the most that are accepted."
         assert json.loads(answer.partition("\r\n\r\n")[2]) == {
             "object": "error", "message": message, "type": "413", "param": None, "code": 413,
         }  # fmt: skip
-        chunk = b"258\r\n" + b" " * 600 + b"\r\n"
+        chunk = b"%x\r\n%b\r\n" % (most * 6 // 10, b" " * (most * 6 // 10))
         for path in ("/generate", "/tokenize", "/abort_request", "/encode", "/update_weights"):
             chunked = send(live, path, chunk, "Transfer-Encoding: chunked")
             chunked.sendall(chunk)
@@ -251,6 +253,19 @@ def test_stalled_streams_take_little_memory_and_are_closed_in_the_end() -> None:
             connection.close()
 
 
+def test_an_answer_that_nobody_reads_is_not_kept() -> None:
+    """Each of its chunks has 10 KB and more: what is not written is made only when it can be."""
+    with live_frontend(step_seconds=0.005) as live:
+        before = psutil.Process(live.process.pid).memory_info().rss
+        connections = [stalled(live, 10**9) for _ in range(8)]
+        live.ring.wait_for(lambda: len(live.ring.running) == 8)
+        time.sleep(4.0)
+        grown = psutil.Process(live.process.pid).memory_info().rss - before
+        assert grown < 20 << 20, f"{grown / 1e6:.0f} MB"
+        for connection in connections:
+            connection.close()
+
+
 def test_health_behind_a_full_queue_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Quick whatever the load, and no probe of it goes where requests wait."""
     monkeypatch.setenv("SGLANG_HEALTH_CHECK_TIMEOUT", "2")
@@ -280,14 +295,18 @@ def test_health_behind_a_full_queue_leaves_nothing_behind(monkeypatch: pytest.Mo
         assert batch.result().status_code == 200
 
 
-def test_file_limit_and_connections(live: Live) -> None:
-    assert (
-        psutil.Process(live.process.pid).rlimit(psutil.RLIMIT_NOFILE)[0]
-        == psutil.Process().rlimit(psutil.RLIMIT_NOFILE)[1]
-    )
+def test_a_process_raises_its_limit_of_files() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(512, hard), hard))
+    try:
+        with live_frontend() as live:
+            assert psutil.Process(live.process.pid).rlimit(psutil.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_connections_beyond_the_limit_push_out_idle_ones() -> None:
+def test_connections_beyond_the_limit_push_out_idle_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_TIMEOUT_KEEP_ALIVE", "60")
     with live_frontend(max_open_streams=1) as live:
         first = live.socket()
         first.sendall(b"GET /ping HTTP/1.1\r\nHost: x\r\n\r\n")

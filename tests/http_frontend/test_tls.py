@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import ssl
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from fake_ring import Live, call, live_frontend
 
@@ -102,6 +104,22 @@ def test_tls_1_1_is_refused(certificates: Path, plain_tls: Live) -> None:
     trust.minimum_version, trust.maximum_version = ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1
     with plain_tls.socket() as raw, pytest.raises(ssl.SSLError):
         trust.wrap_socket(raw, server_hostname="127.0.0.1")
+
+
+def test_a_handshake_that_does_not_go_on_is_given_up(certificates: Path) -> None:
+    with live_frontend(**flags(certificates), request_read_timeout=0.5) as live:
+        process = psutil.Process(live.process.pid)
+        before = process.num_fds()
+        silent = [live.socket() for _ in range(20)]
+        silent[0].sendall(b"\x16\x03\x01\x02\x00\x01")
+        for connection in silent:
+            connection.settimeout(10)
+            with contextlib.suppress(ConnectionResetError):
+                assert connection.recv(100) == b""
+        assert process.num_fds() < before + 5
+        assert answer(live, context(certificates)) == 200
+        for connection in silent:
+            connection.close()
 
 
 def test_certificates_of_clients(certificates: Path) -> None:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
+
+from http_frontend.connections import WatchedConnection
 from http_frontend.turnstile import ACCEPTED, CALLS, MOST_BYTES, Turnstile
 
 
@@ -108,3 +113,20 @@ def test_bytes_that_wait_are_bounded() -> None:
         assert not turnstile.admit(lambda: None, MOST_BYTES)
 
     on_loop(play)
+
+
+def test_health_passes_by_those_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    connection: Any = WatchedConnection.__new__(WatchedConnection)
+    connection.loop = SimpleNamespace(time=lambda: 0.0)
+    connection.transport = SimpleNamespace(pause_reading=lambda: None)
+    connection.turnstile = SimpleNamespace(admit=lambda *_: False)
+    connection.cycle = None
+    read: list[bytes] = []
+    monkeypatch.setattr(connection, "_read", read.append)
+    monkeypatch.setattr(connection, "_unset_keepalive_if_required", lambda: None)
+    paths = ("/health", "/health_generate", "/ready", "/metrics", "/ping")
+    for path in paths:
+        connection.data_received(f"GET {path} HTTP/1.1".encode())
+    assert (len(read), connection.held) == (len(paths), None)
+    connection.data_received(b"POST /generate HTTP/1.1")
+    assert (len(read), connection.held) == (len(paths), b"POST /generate HTTP/1.1")

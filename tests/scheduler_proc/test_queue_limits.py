@@ -19,6 +19,18 @@ def limit(scheduler: Scheduler, requests: int | None, tokens: int | None) -> Non
     scheduler.settings = msgspec.structs.replace(scheduler.settings, max_queued=requests, max_queued_tokens=tokens)
 
 
+def test_requests_that_wait_are_counted() -> None:
+    scheduler, sent, _ = simulated_scheduler(300, max_running=1)
+    limit(scheduler, 2, None)
+    scheduler.handle(admit(0, [1], new=5))
+    scheduler.step()
+    for key in (1, 2, 3):
+        scheduler.handle(admit(key, [1], new=1))
+    assert sent.finishes == {3: FULL}
+    run_to_end(scheduler)
+    assert {0, 1, 2} <= set(sent.tokens)
+
+
 def test_prompt_tokens_that_wait_are_counted() -> None:
     scheduler, sent, _ = simulated_scheduler(300, max_running=1)
     limit(scheduler, None, 10)

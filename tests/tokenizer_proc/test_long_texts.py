@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_tokenizer_process import VOCAB, generate
+from test_tokenizer_process import VOCAB, generate, tokenize
 
 from engine.checkpoints import tokenizer_data
 from engine.checkpoints.tokenizer import Tokenizer, load_tokenizer
@@ -13,7 +13,7 @@ from engine.wire.to_frontend import Accepted, Ended
 from engine.wire.to_scheduler import Admit
 from engine.wire.to_tokenizer import Embed, Generate
 from tests.tokenizer_models import byte_level, source, write_folder
-from tokenizer_proc import long_texts
+from tokenizer_proc import long_texts, replies
 from tokenizer_proc.admission import admit
 from tokenizer_proc.long_texts import LONG_TEXT
 from tokenizer_proc.validation import Bounds
@@ -59,3 +59,9 @@ def test_a_long_text_of_few_tokens(tokenizer: Tokenizer, monkeypatch: pytest.Mon
     monkeypatch.setattr(long_texts, "encode", lambda *_, **__: [1])
     text = "x" * LONG_TEXT + "y"
     assert long_texts.within_reach(tokenizer, text, BOUNDS) is text
+
+
+def test_a_chat_that_makes_too_long_a_text(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replies, "render_chat", lambda *_, **__: "x" * (1 << 18) + "y")
+    answer = replies.tokenized(tokenize(1, messages=[{"role": "user", "content": "a"}]), tokenizer, 100)
+    assert answer.error == "the messages make a text of 262145 characters; at most 262144"

@@ -64,6 +64,21 @@ def test_a_request_goes_to_the_scheduler_and_its_prompt_to_the_frontend(ends: En
         assert getattr(admitted, name) == getattr(message, name)
 
 
+def test_nobody_waits_for_a_call_with_much_text(ends: Ends) -> None:
+    long = ["Hello there " * 3000] * 60
+    for key in (11, 12):
+        ends.send(tokenize(key, prompts=[*long, "Hello"]))
+    ends.send(tokenize(13, prompts=["Hello"]))
+    ends.send(generate(14, "Hello"))
+    assert isinstance(ends.take("scheduler"), Admit)
+    answers = [ends.take("frontend") for _ in range(4)]
+    assert [answer.key for answer in answers] == [13, 14, 11, 12]
+    for answer in answers[2:]:
+        assert [len(answer.ids), answer.ids[-1]] == [61, answers[0].ids[0]]
+        assert answer.ids[0] == answer.ids[59] and len(answer.ids[0]) > 3000
+        assert (answer.max_model_len, answer.error) == (answers[0].max_model_len, None)
+
+
 def test_control_messages_keep_their_place(ends: Ends) -> None:
     controls = [Abort([7]), FlushCache(8, 1.5), QueryState(9), RecordExperts(10, "dump")]
     for control in controls:

@@ -271,3 +271,8 @@ def test_whatever_is_sent_is_answered(
     if isinstance(outcome, Ended):
         assert outcome.finish.status == 400
         assert json.dumps(outcome.finish.message)
+
+
+def test_the_size_of_a_pattern() -> None:
+    assert pattern_error("a{10000}") is None
+    assert pattern_error("a{10001}") == "its repetitions make 10001 elements, at most 10000 are allowed"

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from engine.checkpoints.confined import check_files, check_named
-from engine.checkpoints.errors import CheckpointError
+from engine.checkpoints.errors import CheckpointError, makes_sense
 from engine.checkpoints.gguf_file import read_gguf_header
 from engine.checkpoints.safetensors_reader import SafetensorsReader
 from engine.checkpoints.tokenizer import load_tokenizer
+from tests.hub_cache import add_repository
 from tests.tokenizer_models import source, train_sentencepiece
 
 
@@ -116,6 +117,16 @@ def test_names_are_confined_to_the_roots(tmp_path: Path, monkeypatch: pytest.Mon
     )
     assert not any(map(allowed, [str(outside), str(root / "link"), f"{root}/../outside", "/etc", "/nowhere"]))
     assert not allowed(f"{root}x") and not allowed("owner/name") and not allowed("owner/name/model.gguf")
+    for folder, name in ((root, "in"), (outside, "out")):
+        (folder / f"{name}.gguf").write_bytes(b"GGUF")
+    (root / "link.gguf").symlink_to(outside / "out.gguf")
+    assert allowed(str(root / "in.gguf"))
+    assert not allowed(str(outside / "out.gguf")) and not allowed(str(root / "link.gguf"))
+    # A hub id stands for the folder that is cached, wherever that is.
+    for folder, name in ((root / "model", "owner/inside"), (outside, "owner/outside")):
+        (folder / "config.json").write_text("{}")
+        add_repository(hub, name, folder)
+    assert allowed("owner/inside") and not allowed("owner/outside")
     monkeypatch.chdir(outside)
     assert not allowed("model") and not allowed("../outside")
 
@@ -132,6 +143,24 @@ def test_files_are_confined_where_their_links_lead(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="does not lie below"):
             check_files("model", root / "model", [str(root)])
         (root / place).unlink()
+
+
+def test_a_single_file_is_confined_where_its_link_leads(tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    (tmp_path / "secret.gguf").write_bytes(b"")
+    link = tmp_path / "root" / "model.gguf"
+    link.symlink_to(tmp_path / "secret.gguf")
+    with pytest.raises(CheckpointError, match="does not lie below"):
+        check_files("model", link, [str(tmp_path / "root")])
+
+
+def test_what_a_file_is_not_to_blame_for() -> None:
+    for error in (MemoryError("full"), KeyboardInterrupt(), CheckpointError("known")):
+        with pytest.raises(type(error)) as raised, makes_sense("model"):
+            raise error
+        assert raised.value is error
+    with pytest.raises(CheckpointError, match="model: makes no sense: KeyError: 'a'"), makes_sense("model"):
+        raise KeyError("a")
 
 
 def test_code_beside_a_checkpoint_is_not_run(tmp_path: Path) -> None:

@@ -157,6 +157,7 @@ def test_a_second_signal_ends_at_once(start: Start) -> None:
         launch.process.send_signal(signal.SIGINT)
         assert launch.ends() == 0
         assert "SIGINT again: ending at once" in launch.said
+        assert "requests in flight are cut off" not in launch.said
 
 
 def test_requests_that_outlast_the_drain_are_cut_off(start: Start) -> None:
