@@ -130,6 +130,7 @@ class EverythingEnds(RuleBasedStateMachine):
         self.pause(mode)
         self.turn(3)
         self.go_on()
+        self.turn(1)
 
     @rule(mode=st.sampled_from(["abort", "retract", "in_place"]))
     def pause(self, mode: str) -> None:
@@ -158,6 +159,16 @@ class EverythingEnds(RuleBasedStateMachine):
         self.lives.die(suspect=suspect, lost=lost)
         if again:
             self.lives.die(suspect=suspect, lost=lost)
+
+    @rule(before=st.integers(1, 3), turns=st.integers(1, 30))
+    def die_in_an_update(self, before: int, turns: int) -> None:
+        """Which waits for those on trial that have begun, while others that have not may not begin."""
+        self.ask(0, 5, 20, 0, before)
+        self.ask(before, 5, 20, 1, 2)
+        self.turn(2)
+        self.die(suspect=True, lost=False, again=True)
+        self.update()
+        self.turn(turns)
 
     @rule()
     def start_over(self) -> None:
