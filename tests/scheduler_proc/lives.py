@@ -70,14 +70,17 @@ class Entry:
 @dataclass
 class Lives:
     """pool, limits: of each scheduler. entries: by key. asked: the questions that have no answer. model: of the
-    scheduler that lives. inbox: what it has not heard yet. paused: what it has last said of that."""
+    scheduler that lives. inbox: what it has not heard yet. at_once: messages that it hears in a turn, at most. paused:
+    what it has last said of that."""
 
     pool: int
     limits: dict[str, Any]
     entries: dict[int, Entry] = field(default_factory=dict)
     asked: dict[int, Any] = field(default_factory=dict)
     inbox: deque[Any] = field(default_factory=deque)
+    at_once: int = 10**9
     paused: bool = False
+    _heard: int = 0
     _late: list[Any] = field(default_factory=list)
     _keys: int = 0
 
@@ -89,7 +92,9 @@ class Lives:
         return self._keys
 
     def drain(self, most: int) -> list[Any]:
-        return [self.inbox.popleft() for _ in range(min(most, len(self.inbox)))]
+        messages = [self.inbox.popleft() for _ in range(min(most, len(self.inbox), self.at_once - self._heard))]
+        self._heard += len(messages)
+        return messages
 
     def send(self, message: Any) -> None:
         """The scheduler says something: it is heard after the turn, unless it dies before."""
@@ -112,6 +117,7 @@ class Lives:
         self.inbox.append(Abort(keys))
 
     def turn(self) -> None:
+        self._heard = 0
         self.scheduler.hear()
         self.scheduler.turn()
         self.scheduler.planner.memory.check(self.scheduler.planner.running)

@@ -91,11 +91,12 @@ class EverythingEnds(RuleBasedStateMachine):
         places=st.integers(1, 5),
         budget=st.sampled_from([4, 16, 64]),
         flags=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+        at_once=st.sampled_from([1, 3, 100]),
     )
-    def be_born(self, pool: int, places: int, budget: int, flags: tuple[bool, bool, bool]) -> None:
+    def be_born(self, pool: int, places: int, budget: int, flags: tuple[bool, bool, bool], at_once: int) -> None:
         chunked, lpm, priorities = flags
         limits = {"max_running": places, "prefill_budget": budget, "chunked": chunked, "longest_prefix_first": lpm}
-        self.lives = Lives(pool, limits | {"priorities": priorities})
+        self.lives = Lives(pool, limits | {"priorities": priorities}, at_once=at_once)
 
     @property
     def in_flight(self) -> list[int]:
