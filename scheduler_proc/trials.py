@@ -30,7 +30,7 @@ class Trials:
     suspects: list[Request] = field(default_factory=list)
     _in_a_row: int = 0
     _current: Request | None = None
-    _completes: bool = False
+    _made: int = 0
 
     def enter(self, request: Request) -> None:
         """Note a new request, if it is suspect."""
@@ -45,18 +45,23 @@ class Trials:
             self.planner.plan(plan, hopeless)
             return
         self.suspects = [r for r in self.suspects if r.trial and self.requests.get(r.key) is r]
-        # A suspect that may not begin before a weight update must not stand before those that the update waits for.
-        able = [r for r in self.suspects if r.begun or not self.planner.hold]
-        if able and self._in_a_row < IN_A_ROW:
-            suspect = able[0]
+        suspect = self._next()
+        if suspect is not None and self._in_a_row < IN_A_ROW:
             self.planner.plan_alone(suspect, plan, hopeless)
             if plan or hopeless:
                 self._in_a_row += 1
                 if plan:
-                    self._begin(suspect, plan[0].completes)
+                    self._begin(suspect)
                 return
         self._in_a_row = 0
         self.planner.plan(plan, hopeless)
+
+    def _next(self) -> Request | None:
+        """Whose trial goes on, or begins. One that runs goes on first: it holds a place and slots, which another one
+        might wait for. One that may not begin before a weight update does not stand before those that this waits for.
+        """
+        able = [request for request in self.suspects if request.begun or not self.planner.hold]
+        return next((request for request in self.planner.running if request.trial), able[0] if able else None)
 
     def end_step(self) -> None:
         """The step that was planned last is over."""
@@ -64,11 +69,11 @@ class Trials:
             return
         if self.board is not None:
             self.board.hold("scheduler", 0)
-        if self._completes:
+        if self._current.generated > self._made:
             self._current.trial -= 1
         self._current = None
 
-    def _begin(self, suspect: Request, completes: bool) -> None:
-        self._current, self._completes = suspect, completes
+    def _begin(self, suspect: Request) -> None:
+        self._current, self._made = suspect, suspect.generated
         if self.board is not None:
             self.board.hold("scheduler", suspect.key)

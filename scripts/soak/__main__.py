@@ -7,6 +7,7 @@ import asyncio
 import math
 import random
 import re
+import signal
 import sys
 import time
 from collections import Counter
@@ -49,7 +50,12 @@ def main() -> None:
     options = parser.parse_args(words[:at])
     if options.seed is None:
         options.seed = int(time.time())
-    sys.exit(0 if soak(options, words[at + 1 :]) else 1)
+    # As Ctrl-C: the server is ended. (The loop's own way with SIGINT is what ends the clients first.)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        sys.exit(0 if soak(options, words[at + 1 :]) else 1)
+    except KeyboardInterrupt:
+        sys.exit("\nstopped: nothing is judged")
 
 
 def soak(options: argparse.Namespace, flags: list[str]) -> bool:

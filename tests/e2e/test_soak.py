@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from engine.bench.live_server import LiveServer, running_server
 
+ROOT = Path(__file__).parents[2]
 REQUESTS = 2_000
 CLIENTS = 64
 WARM_UP = 500
@@ -120,9 +121,8 @@ def test_soak(tmp_path: Path) -> None:
 def test_two_minutes_of_kills(tiny_model: Path) -> None:
     """The short form of `make soak`, with a model so small that it asks and kills as often as it can."""
     words = ("--minutes", "2", "--kill-every", "10", "--quiet-every", "20", "--model", str(tiny_model))
-    root = Path(__file__).parents[2]
     command = [sys.executable, "-m", "scripts.soak", *words]
-    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as soak:
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as soak:
         try:
             said, _ = soak.communicate()
         finally:
@@ -130,6 +130,35 @@ def test_two_minutes_of_kills(tiny_model: Path) -> None:
                 soak.send_signal(signal.SIGINT)  # it ends its server, which would otherwise stay behind
     print(said)
     assert soak.returncode == 0, said
+
+
+@pytest.mark.parametrize(
+    ("when", "number"),
+    [
+        ("seed", signal.SIGTERM),
+        ("seed", signal.SIGINT),
+        pytest.param("oracle", signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
+def test_a_soak_that_is_stopped_leaves_nothing_behind(tiny_model: Path, when: str, number: signal.Signals) -> None:
+    """While its server starts, and while its clients ask."""
+    words = ("--minutes", "5", "--kill-every", "0", "--model", str(tiny_model))
+    command = [sys.executable, "-u", "-m", "scripts.soak", *words]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as soak:
+        assert soak.stdout is not None
+        try:
+            while when not in (line := soak.stdout.readline()):
+                assert line, "the soak has ended by itself"
+            time.sleep(0.5)
+            family = psutil.Process(soak.pid).children(recursive=True)
+            assert len(family) == 5 if when == "oracle" else family
+            soak.send_signal(number)
+            said, _ = soak.communicate(timeout=60)
+        finally:
+            if soak.poll() is None:
+                soak.send_signal(signal.SIGINT)
+    assert soak.returncode == 1 and "stopped" in said and "Traceback" not in said
+    assert not [process for process in family if process.is_running()]
 
 
 def _judge(model_path: Path, done: list[Any]) -> None:
