@@ -25,7 +25,7 @@ serve: $(VENV)/installed
 	$(BIN)/tokenmill serve $(ARGS)
 
 # pytest takes the last -m it is given, and so this one rather than that of pyproject.toml.
-test-all: MARKS := -m "slow or not slow"
+test-all: MARKS := -m "not gpu"
 test test-all: $(VENV)/installed-for-tests
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check

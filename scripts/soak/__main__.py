@@ -51,6 +51,7 @@ def main() -> None:
     if options.seed is None:
         options.seed = int(time.time())
     # As Ctrl-C: the server is ended. (The loop's own way with SIGINT is what ends the clients first.)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         sys.exit(0 if soak(options, words[at + 1 :]) else 1)

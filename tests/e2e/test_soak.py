@@ -117,6 +117,7 @@ def test_soak(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.timeout(900)
 def test_two_minutes_of_kills(tiny_model: Path) -> None:
     """The short form of `make soak`, with a model so small that it asks and kills as often as it can."""

@@ -41,6 +41,7 @@ def test_some_requests() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.timeout(3_600)
 def test_ten_thousand_requests() -> None:
     statuses = fuzz_frontend(cases(210))
