@@ -146,7 +146,7 @@ def _check_nodes(config: ServerConfig, fields: dict[str, ConfigField]) -> None:
         return
     if config.tp_size % config.nnodes:
         raise _refuse(
-            fields["tp_size"], config.tp_size, f"{config.nnodes} machines have as many ranks each: a multiple of that"
+            fields["nnodes"], config.nnodes, f"--tp-size is {config.tp_size}, and each machine has as many ranks"
         )
     host, _, port = (config.dist_init_addr or "").rpartition(":")
     if not host or not port.isdecimal() or not 1 <= int(port) <= 65535:

@@ -108,7 +108,7 @@ def test_settings_that_do_not_fit(tmp_path: Path) -> None:
     assert "argument --node-rank: 2: of 2 machines, 0 to 1" in refused(
         "--nnodes", "2", "--node-rank", "2", "--tp-size", "2", "--dist-init-addr", "a:1"
     )
-    assert "argument --tp-size: 3: 2 machines have as many ranks each" in refused(
+    assert "argument --nnodes: 2: --tp-size is 3, and each machine has as many ranks" in refused(
         "--nnodes", "2", "--tp-size", "3", "--dist-init-addr", "a:1"
     )
     for address in ("", "nowhere", "host:0", "host:70000"):

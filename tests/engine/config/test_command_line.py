@@ -93,8 +93,8 @@ REFUSED = {
     "--dp-size 2": "only 1",
     "--ep-size 2": "only 1",
     "--tp-size 0": "from 1 to 128",
-    "--nnodes 2": "not built yet",
-    "--node-rank 1": "only 0",
+    "--nnodes 2": "--tp-size is 1, and each machine has as many ranks",
+    "--node-rank 1": "of 1 machines, 0 to 0",
     "--device cuda": "auto and cpu",
     "--device tpu": "auto, cpu, cuda",
     "--quantization awq": "GGUF",
@@ -211,7 +211,7 @@ def served_words(field: ConfigField) -> st.SearchStrategy[Any]:
     if field.flag in MUST_WORK:
         _, word, _ = MUST_WORK[field.flag]
         low, high = field.options.minimum, field.options.maximum
-        if field.kind == "int" and low is not None and field.name != "node_rank":
+        if field.kind == "int" and low is not None and field.name not in ("nnodes", "node_rank"):
             return st.integers(max(low, 1), 2**62 if high is None else high)
         if field.options.choices is not None and field.name != "device":
             return st.sampled_from(field.options.choices)
@@ -326,6 +326,6 @@ def test_decimal_token_counts_are_exact(whole: int, thousandths: int) -> None:
 
 def test_check_config_names_flag_and_value() -> None:
     with pytest.raises(
-        ConfigError, match=re.escape("argument --nnodes: 2: serving on several machines is not built yet")
+        ConfigError, match=re.escape("argument --dist-init-addr: None: several machines need HOST:PORT of machine 0")
     ):
-        check_config(ServerConfig(nnodes=2))
+        check_config(ServerConfig(nnodes=2, tp_size=4))
