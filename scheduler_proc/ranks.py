@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from engine.kernels.batch import RaggedBatch
 from engine.kernels.table import Integers, Longs, Program, Rows
 from engine.parallel.group import GroupLostError
 from engine.wire.board import BEATS, Heart
-from engine.wire.sockets import Inbox, Outbox
+from engine.wire.sockets import Inbox, Outbox, Receiver, Sender
 from engine.wire.to_worker import (
     RANKS,
     Begin,
@@ -54,16 +54,6 @@ PATIENCE_MARGIN = 30.0
 A = TypeVar("A", bound=Joined | Measured | Loaded | Replaced | HeldPart | Recorded)
 
 
-class Receiver(Protocol):
-    def wait(self, seconds: float | None) -> bool: ...
-
-    def drain(self) -> list[FromWorker]: ...
-
-
-class Sender(Protocol):
-    def send(self, message: ToWorker) -> None: ...
-
-
 @dataclass(slots=True)
 class Ranks:
     """Rank 0's line to the others. beat: called while it waits, as a sign of life. hosts: where they are on several,
@@ -72,8 +62,8 @@ class Ranks:
     Nothing here has a time limit: a worker that dies or hangs is found by the launcher, which ends this process too.
     """
 
-    workers: list[Sender]
-    inbox: Receiver
+    workers: list[Sender[ToWorker]]
+    inbox: Receiver[FromWorker]
     folder: Path
     patience: float
     beat: Callable[[], None] = lambda: None
@@ -225,7 +215,7 @@ def open_ranks(context: zmq.Context[Any], runtime_dir: str, server: ServerConfig
     """Rank 0's lines to all others. Raises ConfigError where `--dist-init-addr` cannot be had."""
     inbox: Inbox[FromWorker] = Inbox(context, runtime_dir, RANKS, FromWorker)
     each = server.tp_size // server.nnodes
-    workers: list[Sender] = [Outbox(context, runtime_dir, worker_name(rank)) for rank in range(1, each)]
+    workers: list[Sender[ToWorker]] = [Outbox(context, runtime_dir, worker_name(rank)) for rank in range(1, each)]
     hosts = None
     if server.nnodes > 1:
         hosts = lead(server)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from engine.kernels.batch import RaggedBatch, offsets
 from engine.kernels.table import Longs, Program
 from engine.wire.board import BEATS
 from engine.wire.operation import Tune
+from engine.wire.sockets import Receiver, Sender
 from engine.wire.to_worker import (
     Begin,
     FromWorker,
@@ -46,16 +47,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Receiver(Protocol):
-    def wait(self, seconds: float | None) -> bool: ...
-
-    def drain(self) -> list[ToWorker]: ...
-
-
-class Sender(Protocol):
-    def send(self, message: FromWorker) -> None: ...
-
-
 @dataclass(slots=True)
 class Line:
     """A worker's line to rank 0. beat: called while it waits, as a sign of life. size: of the group. hosts: where it is
@@ -63,8 +54,8 @@ class Line:
 
     rank: int
     size: int
-    inbox: Receiver
-    outbox: Sender
+    inbox: Receiver[ToWorker]
+    outbox: Sender[FromWorker]
     beat: Callable[[], None] = lambda: None
     hosts: Hosts | None = None
     ranks_each: int = 0

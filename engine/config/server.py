@@ -36,7 +36,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     context_length: Annotated[
         int | None, Flag("most prompt + output tokens of a request", parse=token_count, metavar="N", minimum=1)
     ] = None
-    is_embedding: Annotated[bool, Flag("serve a causal model as an embedding model; not built yet")] = False
+    is_embedding: Annotated[bool, Flag("serve a causal model as an embedding model")] = False
     revision: Annotated[str | None, Flag("hub revision")] = None
     json_model_override_args: Annotated[
         dict[str, Any], Flag("JSON object merged over the model's config.json", parse=json_object, metavar="JSON")

@@ -10,6 +10,7 @@ import zmq
 
 T = TypeVar("T")
 M = TypeVar("M", contravariant=True)
+R = TypeVar("R")
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,14 @@ class Inbox(Generic[T]):
 
     def close(self) -> None:
         self._socket.close(linger=0)
+
+
+class Receiver(Protocol[R]):
+    """What messages of a kind can be received with."""
+
+    def wait(self, seconds: float | None) -> bool: ...
+
+    def drain(self) -> list[R]: ...
 
 
 class Sender(Protocol[M]):
