@@ -33,10 +33,13 @@ logger = logging.getLogger(__name__)
 POOL_SHARE = 0.5
 """Share of the memory still free after the weights that the KV pool may take."""
 POOL_CONTEXTS = 16
-"""The default pool holds at most so many full contexts: more would only fill memory with old prefixes."""
+"""The default pool holds at most so many full contexts: more would only fill memory with old prefixes, while a GPU's
+memory is there for nothing else."""
+GPU_SHARE = 0.88
+"""Share of a GPU's free memory that weights and pool take by default; the rest is for activations and the head."""
 MAX_RUNNING = 64
 LARGEST_CHUNK = 1024
-"""No backend's `prefill_chunk` is larger."""
+"""No `prefill_chunk` of a backend on a CPU is larger."""
 WHOLE_STEP = 1024
 """Prompt tokens of a step by default where prompts are read whole: many short texts make one large product."""
 
@@ -63,13 +66,14 @@ def load_engine(
     `beat`: called again and again, as a sign of life. company: the other ranks.
     """
     server = config.server
+    device = "cuda" if server.device == "cuda" else "cpu"  # the launcher has found out what auto means
     seconds = {"imports": time.monotonic() - started}
     model_config = read_model_config(config.model, server.json_model_override_args)
     task = read_task(config.model, model_config, is_embedding=server.is_embedding)
     context = config.facts.context_length
     exchange = company.join(part_bytes(largest_step(server, model_config, task, context), model_config.hidden_size))
-    available = available_memory()
-    backend = open_backend(server.cpu_isa, server.cpu_threads, exchange, company.place)
+    backend = open_backend(server.cpu_isa, server.cpu_threads, exchange, company.place, device=device)
+    available = free_memory(device)
     dtype = DTYPES[server.dtype]
     model = build_model(model_config, task, dtype=dtype, backend=backend)
     kv_dtype = dtype if server.kv_cache_dtype == "auto" else DTYPES[server.kv_cache_dtype]
@@ -92,11 +96,11 @@ def load_engine(
     if model.reads_whole:
         budget = step_budget(server)
         running = server.max_running_requests or budget
-        cache = step_cache(model.held, slots, kv_dtype, "cpu")
+        cache = step_cache(model.held, slots, kv_dtype, device)
     else:
         budget = backend.prefill_chunk if server.chunked_prefill_size is None else server.chunked_prefill_size
         running = server.max_running_requests or MAX_RUNNING
-        cache = allocate_kv_cache(model.held, slots, kv_dtype, "cpu")
+        cache = allocate_kv_cache(model.held, slots, kv_dtype, device)
     program = model.program(cache)
     seconds["pool"] = time.monotonic() - mark
     gc.collect()
@@ -162,6 +166,13 @@ def fill_weights(
         load_weights(reader, model.places, ignore=model.ignored, progress=advance)
 
 
+def free_memory(device: str) -> int:
+    """Bytes that the model and its KV pool may take: of the host, or of this process's GPU."""
+    if device == "cpu":
+        return available_memory()
+    return torch.cuda.mem_get_info()[0]
+
+
 def check_fits(weight_bytes: int, available: int) -> None:
     """Raise ConfigError for a model that is larger than the free memory, before it fills that."""
     if weight_bytes > available:
@@ -172,11 +183,13 @@ def check_fits(weight_bytes: int, available: int) -> None:
 
 
 def pool_size(server: ServerConfig, context: int, token_bytes: int, weight_bytes: int, available: int) -> int:
-    """Tokens in the KV pool: the flag's, else by memory, at most `POOL_CONTEXTS` whole contexts.
+    """Tokens in the KV pool: the flag's, else by memory, on a CPU at most `POOL_CONTEXTS` whole contexts.
 
     available: bytes free before the weights were loaded. Raises ConfigError when not even a short prompt fits.
     """
     share = server.mem_fraction_static
+    if share is None and server.device == "cuda":
+        share = GPU_SHARE
     budget = available * share - weight_bytes if share is not None else (available - weight_bytes) * POOL_SHARE
     by_memory = int(budget // token_bytes)
     if server.max_total_tokens is not None:
@@ -187,7 +200,7 @@ def pool_size(server: ServerConfig, context: int, token_bytes: int, weight_bytes
             )
         slots = server.max_total_tokens
     else:
-        slots = min(by_memory, POOL_CONTEXTS * context)
+        slots = by_memory if server.device == "cuda" else min(by_memory, POOL_CONTEXTS * context)
     if slots < 16:
         raise ConfigError(
             f"the KV pool would hold {slots} tokens, and needs at least 16: {available / 1e9:.1f} GB are free, "

@@ -106,14 +106,14 @@ def adjust(row: torch.Tensor, request: Request, eos_ids: list[int]) -> None:
         # Clients may name stop ids that the vocabulary does not have: those cannot come anyway.
         row[[token for token in eos_ids + sampling.stop_token_ids if 0 <= token < len(row)]] = -torch.inf
     if request.output_counts:
-        ids = torch.tensor(list(request.output_counts), dtype=torch.int64)
-        counts = torch.tensor(list(request.output_counts.values()), dtype=torch.float64)
+        ids = torch.tensor(list(request.output_counts), dtype=torch.int64, device=row.device)
+        counts = torch.tensor(list(request.output_counts.values()), dtype=torch.float64, device=row.device)
         z = row[ids].double() - sampling.frequency_penalty * counts - sampling.presence_penalty
         penalty = sampling.repetition_penalty
         row[ids] = torch.where(z < 0, z * penalty, z / penalty).clamp(max=_LARGEST).float()
     if sampling.logit_bias:
-        ids = torch.tensor([int(key) for key in sampling.logit_bias], dtype=torch.int64)
-        bias = torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float64)
+        ids = torch.tensor([int(key) for key in sampling.logit_bias], dtype=torch.int64, device=row.device)
+        bias = torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float64, device=row.device)
         row[ids] = (row[ids].double() + bias).clamp(max=_LARGEST).float()
 
 

@@ -268,7 +268,7 @@ class Steps:
         """End the requests whose prompts are computed, row i of `heads` [R, W] being that of requests[i]."""
         if not requests:
             return
-        made = heads.numpy()
+        made = heads.cpu().numpy()
         good = [i for i in range(len(requests)) if is_finite(made[i])]
         for i in sorted(set(range(len(requests))) - set(good)):
             self._end_failed(requests[i], Finish("abort", message=NOT_FINITE, status=500))
@@ -279,7 +279,7 @@ class Steps:
                 if faults.armed:
                     for request in kept:
                         faults.spring("emit", request.known)
-                hidden = self.runner.program.pooled().numpy()[part]
+                hidden = self.runner.program.pooled().cpu().numpy()[part]
                 message = vectors_message(
                     kept, [made[i] for i in part], hidden, self.task, self.generation.weight_version
                 )

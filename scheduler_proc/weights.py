@@ -205,7 +205,7 @@ class Weights:
         """What this rank holds of the first `count` rows of a tensor, which the model must have."""
         place = self._place(name)
         assert place is not None, name
-        rows = place.read(count).to(torch.float32).contiguous()
+        rows = place.read(count).to("cpu", torch.float32).contiguous()
         return HeldPart(rank, place.span[0], list(rows.shape), rows.numpy().tobytes())
 
     def _place(self, name: str) -> Place | None:

@@ -24,7 +24,6 @@ _ONLY: tuple[tuple[str, Any, str], ...] = (
     ("ep_size", (1,), "expert parallelism is not supported; only 1 is"),
     ("disaggregation_mode", ("null",), "splitting prefill from decode is not supported; only null is"),
     ("quantization", (None,), "no method is supported; GGUF files carry their own"),
-    ("device", ("auto", "cpu"), "the model runs only on the CPU so far; auto and cpu are supported"),
 )  # fmt: skip
 """Field, the values that can be served, and what to say of any other."""
 
@@ -140,6 +139,12 @@ def _check_tls(config: ServerConfig, fields: dict[str, ConfigField]) -> None:
 
 
 def _check_nodes(config: ServerConfig, fields: dict[str, ConfigField]) -> None:
+    if config.device == "cuda" and config.tp_size > 1:
+        raise _refuse(
+            fields["device"],
+            config.device,
+            f"--tp-size is {config.tp_size}, and several ranks run on CPUs alone so far",
+        )
     if config.node_rank >= config.nnodes:
         raise _refuse(fields["node_rank"], config.node_rank, f"of {config.nnodes} machines, 0 to {config.nnodes - 1}")
     if config.nnodes == 1:
@@ -162,10 +167,11 @@ def _without_effect(config: ServerConfig) -> Iterator[str]:
         ),
         (
             "--attention-backend", config.attention_backend, lambda value: value in OTHER_ATTENTION_BACKENDS,
-            "attention runs on the kernels that --cpu-isa chooses",
+            "attention runs on Tokenmill's own kernels",
         ),
         (
-            "--attention-backend", config.attention_backend, lambda value: value == "triton",
+            "--attention-backend", config.attention_backend,
+            lambda value: value == "triton" and config.device == "cpu",
             "its kernels need a GPU; attention runs on the kernels that --cpu-isa chooses",
         ),
         (

@@ -179,7 +179,13 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
             names=("--dist-init-addr", "--nccl-init-addr"),
         ),
     ] = None
-    device: Annotated[str, Flag("where the model runs; so far cpu", choices=("auto", "cpu", "cuda"))] = "auto"
+    device: Annotated[
+        str,
+        Flag(
+            "where the model runs; auto: on a GPU where there is one, with a torch and triton for it, else on the CPU",
+            choices=("auto", "cpu", "cuda"),
+        ),
+    ] = "auto"
     pp_size: Annotated[int, Flag("pipeline-parallel size; only 1", names=("--pp-size", "--pipeline-parallel-size"))] = 1
     dp_size: Annotated[int, Flag("data-parallel size; only 1", names=("--dp-size", "--data-parallel-size"))] = 1
     ep_size: Annotated[

@@ -73,7 +73,10 @@ def open_backend(
 
 def _gpu(device: str) -> Backend:
     if torch.device(device).type != "cuda" or not torch.cuda.is_available():
-        raise ConfigError(f"device is {device!r}; torch {torch.__version__} sees no such GPU on this machine")
+        raise ConfigError(
+            f"device is {device!r}; torch {torch.__version__} sees no such GPU on this machine; "
+            "--device cpu serves on its processor"
+        )
     try:
         from engine.kernels.gpu.backend import open_gpu_backend
     except ImportError as error:

@@ -25,16 +25,20 @@ class KvCache:
 def allocate_kv_cache(config: ModelConfig, slots: int, dtype: torch.dtype, device: torch.device | str) -> KvCache:
     """A pool of `slots` slots, not initialised (so that memory is only touched as it is used)."""
     shape = (config.num_layers, config.num_kv_heads, slots, config.head_dim)
-    allocate = host_tensor if torch.device(device).type == "cpu" else torch.empty
-    return KvCache(keys=allocate(shape, dtype=dtype), values=allocate(shape, dtype=dtype))
+    return KvCache(keys=_allocate(shape, dtype, device), values=_allocate(shape, dtype, device))
 
 
 def step_cache(config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device | str) -> KvCache:
     """Room for the K and V of one step of at most `tokens` tokens, which all layers use in turn: nothing is kept."""
     shape = (1, config.num_kv_heads, tokens, config.head_dim)
-    allocate = host_tensor if torch.device(device).type == "cpu" else torch.empty
-    keys, values = (allocate(shape, dtype=dtype).expand(config.num_layers, -1, -1, -1) for _ in range(2))
+    keys, values = (_allocate(shape, dtype, device).expand(config.num_layers, -1, -1, -1) for _ in range(2))
     return KvCache(keys=keys, values=values)
+
+
+def _allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+    if torch.device(device).type == "cpu":
+        return host_tensor(shape, dtype=dtype)
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:

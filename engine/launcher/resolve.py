@@ -19,6 +19,7 @@ from engine.config.environment import switch
 from engine.config.run import PooledFacts
 from engine.config.server import QUEUED_REQUESTS, QUEUED_TOKENS
 from engine.kernels.cores import physical_cores
+from engine.launcher.device import served_device
 from engine.parallel.division import divide
 
 JUDGE = 'answer can only be "yes" or "no"'
@@ -129,6 +130,7 @@ def _filled_in(
     config: ServerConfig, model: ModelSource, model_config: ModelConfig, context_length: int
 ) -> ServerConfig:
     bundled = config.model_path is None
+    device = served_device(config.device, config.tp_size)
     return msgspec.structs.replace(
         config,
         model_path=model.name,
@@ -143,8 +145,8 @@ def _filled_in(
         max_prefill_tokens=max(config.max_prefill_tokens, context_length),
         schedule_policy=config.schedule_policy if config.schedule_policy in SERVED_POLICIES else "fcfs",
         page_size=1,
-        device="cpu",
-        attention_backend="torch_native",
+        device=device,
+        attention_backend="triton" if device == "cuda" else "torch_native",
         random_seed=secrets.randbits(31) if config.random_seed is None else config.random_seed,
         cpu_threads=config.cpu_threads or len(physical_cores()),
         log_level_http=config.log_level_http or config.log_level,

@@ -6,7 +6,7 @@ import pytest
 
 from engine.checkpoints.task import Task
 from engine.config import ConfigError, ServerConfig
-from scheduler_proc.load import POOL_CONTEXTS, check_fits, longest_request, pool_size
+from scheduler_proc.load import GPU_SHARE, POOL_CONTEXTS, check_fits, longest_request, pool_size
 
 GB = 10**9
 
@@ -23,6 +23,12 @@ def test_the_pool_takes_its_share_of_memory_but_no_more_than_some_contexts() -> 
     assert pool_size(server, 10**6, 1000, GB, 2 * GB) == GB // 2 // 1000
     assert pool_size(ServerConfig(mem_fraction_static=0.75), 10**6, 1000, GB, 2 * GB) == GB // 2 // 1000
     assert pool_size(ServerConfig(max_total_tokens=77), 10**6, 1000, GB, 2 * GB) == 77
+
+
+def test_the_pool_of_a_gpu_takes_what_weights_and_activations_leave() -> None:
+    server = ServerConfig(device="cuda")
+    assert pool_size(server, 100, 1000, GB, 4 * GB) == (int(4 * GB * GPU_SHARE) - GB) // 1000
+    assert pool_size(ServerConfig(device="cuda", mem_fraction_static=0.5), 100, 1000, GB, 4 * GB) == GB // 1000
 
 
 def test_a_pool_that_cannot_be_is_refused() -> None:

@@ -95,7 +95,7 @@ REFUSED = {
     "--tp-size 0": "from 1 to 128",
     "--nnodes 2": "--tp-size is 1, and each machine has as many ranks",
     "--node-rank 1": "of 1 machines, 0 to 0",
-    "--device cuda": "auto and cpu",
+    "--device cuda --tp-size 2": "several ranks run on CPUs alone",
     "--device tpu": "auto, cpu, cuda",
     "--quantization awq": "GGUF",
     "--kv-cache-dtype fp8_e5m2": "auto, float16, bfloat16, float32",
