@@ -117,6 +117,14 @@ class Recorder:
             counts[layer] = np.bincount(taken.ravel(), minlength=self.settings.experts)
         self._keep(CountedPass(self.number, counts))
 
+    def note(self, batch: RaggedBatch, routing: Callable[[], list[Integers]]) -> None:
+        """As `step`, but a record that cannot go on ends; the requests do not."""
+        try:
+            self.step(batch, routing)
+        except Exception:
+            logger.exception("The expert distribution cannot be recorded any further; recording ends")
+            self.stop()
+
     def dump(self, rank: int) -> Path:
         """Write what was recorded, and forget it. Returns the file, which appears under its name once it is whole.
 

@@ -60,18 +60,10 @@ class Runner:
             for step in plan:
                 faults.spring("forward", step.request.known)
         if self.recorder is not None:
-            self._note_experts(self.recorder, batch)
+            self.recorder.note(batch, self.program.routing)
         for step in plan:
             step.request.computed += step.count
         return logits, sampled
-
-    def _note_experts(self, recorder: Recorder, batch: RaggedBatch) -> None:
-        """A record that cannot go on ends; the requests do not."""
-        try:
-            recorder.step(batch, self.program.routing)
-        except Exception:
-            logger.exception("The expert distribution cannot be recorded any further; recording ends")
-            recorder.stop()
 
     def _prompt_logprobs(self, plan: list[Extend], batch: RaggedBatch) -> None:
         for i, step in enumerate(plan):

@@ -122,7 +122,7 @@ class Worker:
                 batch = ragged_batch(message)
                 self.program.run(batch, _longs(message.rows), _keep(message.keep))
                 if self.recorder is not None:
-                    self._note_experts(self.recorder, batch)
+                    self.recorder.note(batch, self.program.routing)
             case RunHead(rows, keep):
                 self.program.logits(_longs(rows), _keep(keep))
             case Tune():
@@ -145,13 +145,6 @@ class Worker:
 
     def _answer(self, message: FromWorker) -> None:
         self.line.outbox.send(message)
-
-    def _note_experts(self, recorder: Recorder, batch: RaggedBatch) -> None:
-        try:
-            recorder.step(batch, self.program.routing)
-        except Exception:
-            logger.exception("The expert distribution cannot be recorded any further; recording ends")
-            recorder.stop()
 
 
 def ragged_batch(step: RunStep) -> RaggedBatch:
