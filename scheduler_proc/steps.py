@@ -209,6 +209,8 @@ class Steps:
             return []
         try:
             return list(zip(requests, self._sampled(logits, requests), strict=True))
+        except GroupLostError:
+            raise
         except Exception:
             logger.exception("Sampling a step failed; each of its %d rows is sampled by itself", len(requests))
         sampled = []

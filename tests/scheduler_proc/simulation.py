@@ -74,6 +74,9 @@ class HashModel:
     def pooled(self) -> torch.Tensor:
         raise NotImplementedError
 
+    def routing(self) -> list[Any]:
+        raise NotImplementedError
+
     def set_profiling(self, on: bool) -> None:
         self.profiled = on
 

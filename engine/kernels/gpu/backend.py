@@ -13,6 +13,7 @@ import torch
 from engine.kernels.batch import RaggedBatch
 from engine.kernels.dense import DenseMatrix
 from engine.kernels.gpu import sampling
+from engine.kernels.gpu.errors import device_errors
 from engine.kernels.gpu.launch import as_tensor
 from engine.kernels.gpu.ops import GpuOps
 from engine.kernels.gpu.products import gpu_matrix, make_products_exact
@@ -34,6 +35,7 @@ class GpuProgram:
     hidden: torch.Tensor | None = None
     rows: torch.Tensor | None = None
 
+    @device_errors()
     @torch.inference_mode()
     def run(self, batch: RaggedBatch, rows: Rows, keep: Longs | None = None) -> torch.Tensor:
         """Queues the step and its head; nothing waits for the GPU."""
@@ -42,6 +44,7 @@ class GpuProgram:
         self.hidden = self.step(cast(Ops, self.ops), self.batch, self.cache)
         return self.logits(rows)
 
+    @device_errors()
     @torch.inference_mode()
     def logits(self, rows: Rows, keep: Longs | None = None) -> torch.Tensor:
         """Queues the head; nothing waits."""
@@ -54,6 +57,7 @@ class GpuProgram:
         assert self.rows is not None, "pooled rows are asked for before a step was run"
         return self.rows.to(torch.float32)
 
+    @device_errors()
     def routing(self) -> list[Integers]:
         """Waits for the step."""
         return [ids.cpu().numpy().astype(np.int32) for ids in self.ops.routed]
@@ -122,9 +126,11 @@ class GpuBackend:
     ) -> GpuProgram:
         return GpuProgram(step, head, cache, GpuOps(self.device), pooling)
 
+    @device_errors()
     def best(self, logits: torch.Tensor) -> tuple[Longs, Floats]:
         return sampling.best(self._here(logits))
 
+    @device_errors()
     def draw(
         self,
         logits: torch.Tensor,
@@ -137,6 +143,7 @@ class GpuBackend:
     ) -> Longs:
         return sampling.draw(self._here(logits), rows, temperatures, top_ks, top_ps, min_ps, uniforms)
 
+    @device_errors()
     def logprobs(
         self,
         logits: torch.Tensor,

@@ -3,6 +3,10 @@ as on a CPU."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import msgspec
 import pytest
 import torch
@@ -12,8 +16,10 @@ from tiny_models import tiny_llama
 from engine.checkpoints.load_weights import load_weights, open_weights
 from engine.checkpoints.read_config import read_model_config
 from engine.config import ModelSource
+from engine.kernels.batch import RaggedBatch
 from engine.kernels.eager import EagerBackend
-from engine.kernels.gpu.backend import open_gpu_backend
+from engine.kernels.gpu.backend import GpuBackend, GpuProgram, open_gpu_backend
+from engine.kernels.gpu.errors import DeviceLostError
 from engine.kernels.kv_cache import allocate_kv_cache
 from engine.kernels.table import Backend
 from engine.models.registry import build_model
@@ -79,3 +85,41 @@ def test_answers_are_those_of_the_reference_and_depend_on_nobody_beside(folder: 
 def packed(sent: Sent, key: int) -> bytes:
     """Floats by their bits."""
     return msgspec.msgpack.encode([sent.logprobs.get(key), sent.opened[key].input_logprobs])
+
+
+@dataclass
+class Failing:
+    """Stands for a model's step: fails as torch does where it has more than `room` tokens, or at the step `breaks`."""
+
+    inner: Callable[..., Any]
+    room: int = 1000
+    breaks: int = 1000
+    steps: int = 0
+
+    def __call__(self, ops: Any, batch: RaggedBatch, cache: Any) -> Any:
+        self.steps += 1
+        if batch.num_tokens > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if self.steps >= self.breaks:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        return self.inner(ops, batch, cache)
+
+
+def failing(backend: GpuBackend, **failures: int) -> GpuBackend:
+    class FailingBackend(GpuBackend):
+        def compile(self, step: Any, *others: Any, **options: Any) -> GpuProgram:
+            return super().compile(Failing(step, **failures), *others, **options)
+
+    return FailingBackend(backend.device)
+
+
+def test_a_step_too_large_for_the_gpu_is_cut(folder: str, device: torch.device) -> None:
+    backend = open_gpu_backend(device)
+    expected = served(folder, backend, device, questions()[:2])
+    short = served(folder, failing(backend, room=8), device, questions()[:2])
+    assert short.tokens == expected.tokens and not any(end.status for end in short.finishes.values())
+
+
+def test_a_gpu_that_has_failed_ends_the_process_and_no_request(folder: str, device: torch.device) -> None:
+    with pytest.raises(DeviceLostError, match="illegal memory access"):
+        served(folder, failing(open_gpu_backend(device), breaks=3), device, questions())
