@@ -97,6 +97,10 @@ class KvMemory:
 
     def release(self, request: Request) -> None:
         """Let go of everything a request holds; what it has computed stays in the tree."""
+        if request.computed > request.length:  # of a token that nobody knows yet
+            self.pool.give_back(request.slots[request.length : request.computed])
+            request.computed = request.length
+        request.queued = 0
         self.store(request)
         if not self.reuse:
             self.pool.give_back(request.slots[: request.computed])

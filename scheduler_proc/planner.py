@@ -61,8 +61,8 @@ class Extend:
 
     @property
     def completes(self) -> bool:
-        """Whether all known tokens are computed after this step, so that the next one can be sampled."""
-        return self.request.computed + self.count == self.request.length
+        """Whether all tokens so far are computed after this step, so that the next one can be sampled."""
+        return self.count == self.request.outstanding
 
 
 @dataclass(slots=True)
@@ -92,7 +92,7 @@ class Planner:
         lone request for which the pool is too small)."""
         self.at = None
         self.memory.begin_step()
-        for request in self._in_turn([r for r in self.running if r.outstanding == 1 and not r.trial]):
+        for request in self._in_turn([r for r in self.running if r.outstanding == 1 and not r.trial and not r.is_full]):
             self._extend(request, 1, plan, hopeless)
         budget = self._budget(len(plan))
         most = self.limits.max_prefills or len(self.running) + len(self.waiting)

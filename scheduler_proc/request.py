@@ -38,6 +38,7 @@ class Request:
     slots: int32 buffer; the first `computed` hold the slots of tokens whose KV is in the pool. The radix tree
     owns the first `tree_owned` of them (path locked at `node`), the request the rest.
     number: order of arrival; the youngest has the largest.
+    queued: so many tokens behind these are computed on a device now; row: of the last one (`overlap.py`).
     trial: so many tokens it must make alone before it may join others (`trials.py`).
     arrived_at, started_at: for its time limits, which pauses do not count against; admitted_at: when it began.
     """
@@ -56,6 +57,8 @@ class Request:
     cached_tokens: int = -1
     opened: bool = False
     retractions: int = 0
+    queued: int = 0
+    row: int = 0
     trial: int = 0
     prompt_logprobs: PromptLogprobs | None = None
     output_counts: dict[int, int] | None = None
@@ -90,8 +93,13 @@ class Request:
 
     @property
     def outstanding(self) -> int:
-        """Known tokens whose KV is not in the pool yet."""
-        return self.length - self.computed
+        """Tokens, known ones and queued ones, whose KV is not in the pool yet."""
+        return self.length + self.queued - self.computed
+
+    @property
+    def is_full(self) -> bool:
+        """Whether its last token is queued."""
+        return self.queued > 0 and self.generated + self.queued >= self.max_new_tokens
 
     @property
     def remaining_new(self) -> int:

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from engine.kernels.noise import uniforms
-from engine.kernels.table import Backend, Floats, Longs
+from engine.kernels.queued import Draws, Outcome, Scores
+from engine.kernels.table import Backend, Floats, Logprobs, Longs
 from engine.wire.results import FLOAT32_MIN, Scored, TokenLogprobs
 from engine.wire.sampling import LogprobOptions
 from scheduler_proc.request import Request
@@ -24,6 +25,7 @@ GREEDY_BELOW = 1e-6
 MOST_WANTED = 256
 """From so many on all of them are as quickly had."""
 
+_MOST_RANKS = 2**31 - 1
 _LARGEST = float(torch.finfo(torch.float32).max)
 
 
@@ -42,7 +44,7 @@ def sample(
     logits: float32 [R, V], row i of requests[i]; overwritten where penalties or biases apply.
     original_logprobs: report logprobs before temperature (else after it).
     """
-    adjusted = [row for row, request in enumerate(requests) if _is_adjusted(request)]
+    adjusted = [row for row, request in enumerate(requests) if is_adjusted(request)]
     if adjusted:
         with torch.inference_mode():
             for row in adjusted:
@@ -80,7 +82,7 @@ def wanted_logits(requests: list[Request]) -> Longs:
 
 def _wanted(request: Request) -> int:
     sampling = request.admit.sampling
-    if request.admit.logprobs is not None or _is_adjusted(request):
+    if request.admit.logprobs is not None or is_adjusted(request):
         return -1
     if sampling.temperature < GREEDY_BELOW:
         return 1
@@ -88,7 +90,7 @@ def _wanted(request: Request) -> int:
     return sampling.top_k if 0 < sampling.top_k < MOST_WANTED and sampling.top_p >= 1.0 else -1
 
 
-def _is_adjusted(request: Request) -> bool:
+def is_adjusted(request: Request) -> bool:
     return bool(
         request.output_counts
         or request.admit.sampling.logit_bias
@@ -117,23 +119,60 @@ def adjust(row: torch.Tensor, request: Request, eos_ids: list[int]) -> None:
         row[ids] = (row[ids].double() + bias).clamp(max=_LARGEST).float()
 
 
-def _draw(backend: Backend, logits: torch.Tensor, requests: list[Request], rows: list[int]) -> list[int]:
-    """Steps 7 to 11 for `rows`, none of them greedy."""
+def wanted_draws(requests: list[Request], rows: list[int] | None = None) -> Draws | None:
+    """Steps 7 to 11 for `rows`, none of them greedy; None: for all that are not. None where nothing is drawn."""
+    if rows is None:
+        rows = [row for row, r in enumerate(requests) if r.admit.sampling.temperature >= GREEDY_BELOW]
+    if not rows:
+        return None
     drawn = [requests[row] for row in rows]
     sampling = [request.admit.sampling for request in drawn]
-    return backend.draw(
-        logits,
-        np.array(rows, np.int64),
-        np.array([s.temperature for s in sampling], np.float64),
+    return Draws(
+        rows=np.array(rows, np.int64),
+        temperatures=np.array([s.temperature for s in sampling], np.float64),
         # A client may ask for more than any integer type holds.
-        np.array([min(s.top_k, logits.shape[1]) for s in sampling], np.int64),
-        np.array([s.top_p for s in sampling], np.float64),
-        np.array([s.min_p for s in sampling], np.float64),
-        uniforms(
+        top_ks=np.array([min(s.top_k, _MOST_RANKS) for s in sampling], np.int64),
+        top_ps=np.array([s.top_p for s in sampling], np.float64),
+        min_ps=np.array([s.min_p for s in sampling], np.float64),
+        uniforms=uniforms(
             np.array([s.seed & (2**64 - 1) for s in sampling], np.uint64),
-            np.array([request.length for request in drawn], np.int64),
+            np.array([request.length + request.queued for request in drawn], np.int64),
         ),
+    )
+
+
+def _draw(backend: Backend, logits: torch.Tensor, requests: list[Request], rows: list[int]) -> list[int]:
+    draws = wanted_draws(requests, rows)
+    assert draws is not None
+    return backend.draw(
+        logits, draws.rows, draws.temperatures, draws.top_ks, draws.top_ps, draws.min_ps, draws.uniforms
     ).tolist()
+
+
+def wanted_scores(requests: list[Request], *, original_logprobs: bool) -> Scores | None:
+    """The logprobs that are wanted of the tokens to be sampled; None: none are."""
+    rows = [row for row, request in enumerate(requests) if request.admit.logprobs is not None]
+    wanted = [options for request in requests if (options := request.admit.logprobs) is not None]
+    if not rows:
+        return None
+    return Scores(
+        rows=np.array(rows, np.int64),
+        temperatures=np.array([1.0 if original_logprobs else _scale(requests[row]) for row in rows], np.float64),
+        tops=np.array([options.top for options in wanted], np.int64),
+        id_counts=np.array([len(options.ids) for options in wanted], np.int64),
+        ids=np.array([token for options in wanted for token in options.ids], np.int64),
+    )
+
+
+def sampled_rows(outcome: Outcome, requests: list[Request]) -> list[SampledRow]:
+    """The rows of a step that was queued."""
+    wanted = [options for request in requests if (options := request.admit.logprobs) is not None]
+    entries = iter(_entries(outcome.logprobs, wanted, outcome.width) if outcome.logprobs is not None else [])
+    rows = []
+    for token, finite, request in zip(outcome.tokens.tolist(), np.isfinite(outcome.peaks), requests, strict=True):
+        entry = None if request.admit.logprobs is None else next(entries)
+        rows.append(SampledRow(token, entry) if finite else SampledRow(None))
+    return rows
 
 
 def _scale(request: Request) -> float:
@@ -165,6 +204,11 @@ def output_logprobs(
         np.array([len(options.ids) for options in wanted], np.int64),
         np.array([token for options in wanted for token in options.ids], np.int64),
     )
+    return _entries(found, wanted, size)
+
+
+def _entries(found: Logprobs, wanted: Sequence[LogprobOptions], width: int) -> list[TokenLogprobs]:
+    tops = [min(options.top, width) for options in wanted]
     top = _scored(found.tops, found.top_ids)
     ids = _finite(found.ids)
     entries = []

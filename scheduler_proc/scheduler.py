@@ -13,6 +13,7 @@ import numpy as np
 from engine.checkpoints.task import Task
 from engine.config import faults
 from engine.config.logs import about
+from engine.kernels.queued import QueueingProgram
 from engine.kernels.table import Backend
 from engine.wire.board import BEATS, Heart
 from engine.wire.failures import internal_error
@@ -93,7 +94,7 @@ class Scheduler:
     """updates: None where there are no weights to be updated. first_version: of the weights that serve at first.
 
     generation: whether steps may be computed, and with which weights. heart: None where nobody listens.
-    ranks: the others of a divided model.
+    ranks: the others of a divided model. queueing: the program, where steps overlap.
     """
 
     settings: SchedulerSettings
@@ -110,6 +111,7 @@ class Scheduler:
     first_version: str = "default"
     heart: Heart | None = None
     ranks: Ranks | None = None
+    queueing: QueueingProgram | None = None
     trials: Trials = field(init=False)
     generation: Generation = field(init=False)
     operation: Operation = field(init=False)
@@ -122,7 +124,7 @@ class Scheduler:
         self.steps = Steps(
             self.planner, self.trials, self.runner, self.backend, self.outbox, self.statistics, self.operation,
             self.requests, self.generation, drop=self._drop, eos_ids=self.settings.eos_ids,
-            original_logprobs=self.settings.original_logprobs, task=self.settings.task,
+            original_logprobs=self.settings.original_logprobs, task=self.settings.task, queueing=self.queueing,
         )  # fmt: skip
 
     @property
@@ -135,6 +137,7 @@ class Scheduler:
         while True:
             self._beat()
             if not self.requests or self.generation.halted:
+                self._settle()
                 self._rest()
             self.hear()
             self.turn()
@@ -158,6 +161,8 @@ class Scheduler:
 
     def turn(self) -> None:
         """One round of the loop: what is due between steps, and a step if there is anything to compute."""
+        if self.generation.updating:
+            self._settle()
         self.generation.update_weights()
         if self.requests and not self.generation.halted:
             self.step()
@@ -206,7 +211,16 @@ class Scheduler:
                 self.outbox.send(answer)
         self.planner.memory.check(self.planner.running)
 
+    def _settle(self) -> None:
+        """Where steps overlap: take in the one that is computed now, so that all is known."""
+        if self.steps.flight is not None:
+            rows = StepRows()
+            self.steps.collect(rows)
+            self.steps.send(rows)
+
     def _handle(self, message: ToScheduler) -> None:
+        if not isinstance(message, Admit):
+            self._settle()
         match message:
             case Admit():
                 self._admit(message)

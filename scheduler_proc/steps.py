@@ -19,6 +19,7 @@ import torch
 
 from engine.checkpoints.task import Task
 from engine.config import faults
+from engine.kernels.queued import QueueingProgram
 from engine.kernels.table import Backend
 from engine.parallel.group import GroupLostError
 from engine.wire.failures import internal_error
@@ -29,10 +30,11 @@ from scheduler_proc.answers import Sender
 from scheduler_proc.generation import Generation
 from scheduler_proc.operation import Operation
 from scheduler_proc.outputs import StepRows
+from scheduler_proc.overlap import Flight, is_plain, launch, may_plan_ahead
 from scheduler_proc.planner import Extend, Planner
 from scheduler_proc.request import Request
 from scheduler_proc.runner import Runner
-from scheduler_proc.sampler import SampledRow, sample
+from scheduler_proc.sampler import SampledRow, sample, sampled_rows
 from scheduler_proc.statistics import Statistics
 from scheduler_proc.trials import Trials
 from scheduler_proc.vectors import is_finite, vectors_message
@@ -47,7 +49,8 @@ OUT_OF_MEMORY = "Out of memory even after retracting all other requests in the d
 class Steps:
     """drop: forgets a request, wherever it is, and what it holds. requests: all of the scheduler's.
 
-    eos_ids, original_logprobs, task: as in the settings of the scheduler.
+    eos_ids, original_logprobs, task: as in the settings of the scheduler. queueing: the program, where steps overlap.
+    flight: the step that is computed now, where they do.
     """
 
     planner: Planner
@@ -66,13 +69,23 @@ class Steps:
     _failed: bool = False
     _short: bool = False
     _room: int | None = None
+    queueing: QueueingProgram | None = None
+    flight: Flight | None = None
+    _taken: float = 0.0
 
     def step(self, rows: StepRows) -> None:
-        """Plan and run one step, and send what it produced together with `rows`.
+        """Plan and run one step, and send what it produced together with `rows`; where steps overlap, queue one and
+        send what the one before it has produced.
 
         Raises InvariantError when a failure has left the pool broken, and GroupLostError when one of several ranks
         cannot go on: nothing can be trusted then.
         """
+        if self.queueing is not None and self._may_queue() and self._queue_step(rows):
+            return
+        if self.flight is not None:
+            self.collect(rows)
+            self.send(rows)
+            rows = StepRows()  # a request has one row of a message
         plan = self._plan(rows)
         self.operation.mark("plan")
         if plan:
@@ -83,12 +96,64 @@ class Steps:
             if not self._short:
                 self.planner.grow()
             self.statistics.step(plan, sampled, time.perf_counter() - started, self.planner)
+        self._end_step(plan, rows)
+
+    def _end_step(self, plan: list[Extend], rows: StepRows) -> None:
         self.trials.end_step()
         self.send(rows)
         self.operation.end_step(plan)
         if self._failed:
             self._failed = False
             self.planner.memory.check(self.planner.running)
+
+    def collect(self, rows: StepRows) -> None:
+        """Wait for the step that is computed now, if there is one, and hand out what it made."""
+        flight, self.flight = self.flight, None
+        if flight is not None:
+            self._take(flight, rows)
+
+    def _may_queue(self) -> bool:
+        recorder = self.runner.recorder
+        recording = recorder is not None and recorder.on
+        return not (self.trials.suspects or recording or self.operation.profiler.on) and may_plan_ahead(self.planner)
+
+    def _queue_step(self, rows: StepRows) -> bool:
+        """False: nothing is queued or computed, since the next step has to be a step by itself."""
+        assert self.queueing is not None
+        plan = self._plan(rows)
+        if not plan:
+            return False
+        try:
+            if not all(is_plain(step.request) for step in plan):
+                self._send_back(plan, [])
+                return False
+            self.statistics.begin(plan)
+            flight = launch(self.queueing, plan, original_logprobs=self.original_logprobs)
+        except GroupLostError:
+            raise
+        except Exception:
+            logger.exception("A step cannot be queued; it is computed by itself")
+            self._send_back(plan, [])
+            return False
+        self._store_prefills(plan)
+        before, self.flight = self.flight, flight
+        if before is not None:
+            self._take(before, rows)
+        self._end_step(plan, rows)
+        return True
+
+    def _take(self, flight: Flight, rows: StepRows) -> None:
+        """Wait for a step, and hand out what it made for requests that have not ended meanwhile."""
+        made = sampled_rows(flight.outcome(), flight.requests)
+        now = time.perf_counter()
+        seconds, self._taken = now - max(flight.started, self._taken), now
+        live = [
+            (request, row)
+            for request, row in zip(flight.requests, made, strict=True)
+            if self.requests.get(request.key) is request
+        ]
+        self._emit_all(live, rows)
+        self.statistics.step(flight.plan, len(live), seconds, self.planner)
 
     def send(self, rows: StepRows) -> None:
         """Send rows; should that fail, each by itself, so that only the row that cannot be sent is lost."""
@@ -192,6 +257,10 @@ class Steps:
         sampled = self._sample(plan, logits, requests)
         self.operation.mark("sample")
         self._store_prefills(plan)
+        self._emit_all(sampled, rows)
+        return len(sampled)
+
+    def _emit_all(self, sampled: list[tuple[Request, SampledRow]], rows: StepRows) -> None:
         for request, row in sampled:
             try:
                 if faults.armed:
@@ -199,7 +268,6 @@ class Steps:
                 self._emit(request, row, rows)
             except Exception as error:
                 self.fail(request, error, "emitting")
-        return len(sampled)
 
     def _sample(
         self, plan: list[Extend], logits: torch.Tensor, requests: list[Request]
@@ -248,6 +316,8 @@ class Steps:
         if row.token is None:
             self._end(request, NO_TOKEN, Finish("stop", matched="NaN happened"), rows)
             return
+        if request.queued:
+            request.queued -= 1
         request.append(row.token)
         finish = self._finish(request, row.token)
         if finish is None:

@@ -14,6 +14,7 @@ import torch
 from engine.checkpoints.task import Task
 from engine.kernels.batch import RaggedBatch
 from engine.kernels.eager import EagerBackend
+from engine.kernels.queued import QueueingProgram
 from engine.kernels.table import Backend, Program, Rows
 from engine.wire.results import Finish, TokenLogprobs
 from engine.wire.sampling import LogprobOptions, Sampling, TextOptions
@@ -137,6 +138,7 @@ def scheduler_over(
     task: Task = GENERATION,
     memory: Memory | None = None,
     updates: WeightUpdates | None = None,
+    queueing: QueueingProgram | None = None,
     **limits: Any,
 ) -> tuple[Scheduler, Sent]:
     """A scheduler over a program of a backend, without processes or sockets. memory: else a KV pool of `pool` slots."""
@@ -164,6 +166,7 @@ def scheduler_over(
         outbox=sent,  # type: ignore[arg-type]
         statistics=Statistics(10**9),
         updates=updates,
+        queueing=queueing,
     )
     return scheduler, sent
 
