@@ -13,6 +13,7 @@ import zmq
 from engine.checkpoints.errors import CheckpointError
 from engine.config import ConfigError, RunConfig
 from engine.config.environment import switch, time_limit
+from engine.kernels.queued import QueueingProgram
 from engine.parallel.group import GroupLostError
 from engine.wire.board import Heart
 from engine.wire.process import arguments, begin, report_ready
@@ -77,6 +78,7 @@ def schedule(config: RunConfig, started: float) -> None:
         program = RankedProgram(program, ranks, bounds(config, engine))
     moved = config.model if config.launched else None
     weights = Weights(engine.model, engine.checkpoint, config, moved=moved, ranks=ranks)
+    overlaps = isinstance(program, QueueingProgram) and not server.disable_overlap_schedule
     divided = ranks is not None and engine.task.kind == "generation"
     scheduler = Scheduler(
         settings=loop_settings,
@@ -90,6 +92,7 @@ def schedule(config: RunConfig, started: float) -> None:
         first_version=server.weight_version,
         heart=heart,
         ranks=ranks,
+        queueing=program if overlaps and engine.task.kind == "generation" else None,
     )
     scheduler.generation.set_paused(config.standing.paused)
     scheduler.operation.pause = config.standing.step_sleep

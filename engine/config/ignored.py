@@ -42,7 +42,6 @@ IGNORED_FLAGS: tuple[tuple[Kind, str], ...] = (
     ("str", "--hicache-storage-backend"),
     ("str", "--hicache-storage-prefetch-policy"),
     ("str", "--hicache-storage-backend-extra-config"),
-    ("switch", "--disable-overlap-schedule"),
     ("switch", "--enable-mixed-chunk"),
     ("int", "--num-continuous-decode-steps"),
     ("switch", "--disable-priority-preemption"),

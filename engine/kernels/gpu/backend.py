@@ -17,14 +17,17 @@ from engine.kernels.gpu.errors import device_errors
 from engine.kernels.gpu.launch import as_tensor
 from engine.kernels.gpu.ops import GpuOps
 from engine.kernels.gpu.products import gpu_matrix, make_products_exact
+from engine.kernels.gpu.queueing import fed, sample_queued
 from engine.kernels.kv_cache import KvCache
+from engine.kernels.queued import Draws, Outcome, Scores
 from engine.kernels.table import Doubles, Floats, Integers, Logprobs, Longs, Ops, Pooling, Rows
 from engine.parallel.group import ALONE, Group
 
 
 @dataclass(slots=True)
 class GpuProgram:
-    """batch, hidden: of the last step, on the device. rows: what the head was last given."""
+    """batch, hidden: of the last step, on the device. rows: what the head was last given. last: what
+    the step queued last has sampled, int64 [R] on the device."""
 
     step: Callable[[Ops, RaggedBatch, KvCache], Any]
     head: Callable[[Ops, Any], Any]
@@ -34,6 +37,7 @@ class GpuProgram:
     batch: RaggedBatch | None = None
     hidden: torch.Tensor | None = None
     rows: torch.Tensor | None = None
+    last: torch.Tensor | None = None
 
     @device_errors()
     @torch.inference_mode()
@@ -52,6 +56,16 @@ class GpuProgram:
         self.rows = self.ops.pool(self.hidden, self.batch, rows, self.pooling)
         result: torch.Tensor = self.head(cast(Ops, self.ops), self.rows)
         return result
+
+    @device_errors()
+    @torch.inference_mode()
+    def queue(
+        self, batch: RaggedBatch, rows: Rows, sources: Longs, draws: Draws | None, scores: Scores | None
+    ) -> Callable[[], Outcome]:
+        """See `engine.kernels.queued`."""
+        logits = self.run(fed(on_device(batch, self.ops.device), sources, self.last), rows)
+        self.last, outcome = sample_queued(logits, draws, scores)
+        return outcome
 
     def pooled(self) -> torch.Tensor:
         assert self.rows is not None, "pooled rows are asked for before a step was run"

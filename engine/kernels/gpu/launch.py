@@ -55,8 +55,10 @@ def parts(size: int, each: int) -> int:
 
 
 def as_tensor(values: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """numpy or a list, on the device: copied from pinned memory without waiting where the device is a GPU."""
+    """numpy, a list or a tensor, on the device: copied from pinned memory without waiting where the device is a GPU."""
     tensor = torch.as_tensor(values, dtype=dtype)
+    if tensor.device.type == device.type:
+        return tensor
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

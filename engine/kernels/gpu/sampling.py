@@ -63,7 +63,7 @@ def draw(
     uniforms: Doubles,
 ) -> Longs:
     count, width = logits.shape
-    _check("rows", rows, count)
+    check("rows", rows, count)
     if len(top_ks) and ((top_ks == 0) | (top_ks < -1)).any():
         raise ValueError(f"top_ks holds {int(top_ks[(top_ks == 0) | (top_ks < -1)][0])}; allowed: -1, or at least 1")
     ids, peaks = best(logits)
@@ -134,25 +134,52 @@ def logprobs(
 ) -> Logprobs:
     count, width = logits.shape
     device = logits.device
-    _check("rows", rows, count)
-    _check("tokens", tokens, width)
-    _check("ids", ids, width)
-    _check("tops", tops, width + 1)
-    peaks = best_on_device(logits)[1][as_tensor(rows, torch.int64, device)]
+    check("rows", rows, count)
+    check("tokens", tokens, width)
+    check("ids", ids, width)
+    check("tops", tops, width + 1)
+    wanted = as_tensor(tokens, torch.int64, device)
+    values, most_likely = scored_on_device(
+        logits, best_on_device(logits)[1], rows, temperatures, wanted, tops, id_counts, ids
+    )
+    found, first = values.cpu().numpy(), len(rows)
+    second = first + len(most_likely)
+    return Logprobs(found[:first], most_likely.cpu().numpy(), found[first:second], found[second:])
+
+
+def scored_on_device(
+    logits: torch.Tensor,
+    peaks: torch.Tensor,
+    rows: Longs,
+    temperatures: Doubles,
+    tokens: torch.Tensor,
+    tops: Longs,
+    id_counts: Longs,
+    ids: Longs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`Backend.logprobs` without waiting. peaks: float32 [R], of all rows of the logits; tokens: int64 [N]. Both are on
+    the device, and so is what is returned: the logprobs of the tokens, of the most likely ids and of the ids asked
+    for, float32, one behind the other; and the most likely ids, int64.
+
+    Raises IndexError for ids, rows or tops that there are not.
+    """
+    count, width = logits.shape
+    device = logits.device
+    check("rows", rows, count)
+    check("ids", ids, width)
+    check("tops", tops, width + 1)
+    own = peaks[as_tensor(rows, torch.int64, device)]
     cooling = as_tensor(np.minimum(temperatures, LARGEST), torch.float64, device)
     sums = torch.empty(len(rows), dtype=torch.float64, device=device)
-    log_sums_call(logits, as_tensor(rows, torch.int32, device), peaks, cooling, sums).run()
-    most_likely = _most_likely(logits, rows, tops, np.isfinite(peaks.cpu().numpy()))
+    log_sums_call(logits, as_tensor(rows, torch.int32, device), own, cooling, sums).run()
+    most_likely = _most_likely(logits, rows, tops, peaks)
     numbers = np.arange(len(rows))
     owner = np.concatenate((numbers, np.repeat(numbers, tops), np.repeat(numbers, id_counts)))
-    wanted = as_tensor(np.concatenate((tokens, most_likely, ids)), torch.int64, device)
+    wanted = torch.cat((tokens, most_likely, as_tensor(ids, torch.int64, device)))
     of = as_tensor(owner, torch.int64, device)
     z = logits[as_tensor(rows[owner], torch.int64, device), wanted].to(torch.float64)
-    values = (z - peaks[of].to(torch.float64)) / cooling[of] - sums[of]
-    values[~torch.isfinite(peaks[of])] = torch.nan
-    found = values.to(torch.float32).cpu().numpy()
-    first, second = len(rows), len(rows) + len(most_likely)
-    return Logprobs(found[:first], most_likely, found[first:second], found[second:])
+    values = (z - own[of].to(torch.float64)) / cooling[of] - sums[of]
+    return torch.where(torch.isfinite(own[of]), values, torch.nan).to(torch.float32), most_likely
 
 
 def log_sums_call(
@@ -166,22 +193,23 @@ def log_sums_call(
     return Call(kernels.log_sums, (len(rows), 1, 1), arguments, {"BLOCK": BLOCK}, warps=8)
 
 
-def _most_likely(logits: torch.Tensor, rows: Longs, tops: Longs, finite: Any) -> Longs:
+def _most_likely(logits: torch.Tensor, rows: Longs, tops: Longs, peaks: torch.Tensor) -> torch.Tensor:
     """The most likely ids of each row, end to end; 0, 1, ... of one whose largest is not finite."""
+    device = logits.device
     if not tops.any():
-        return np.empty(0, np.int64)
-    needed = np.unique(rows[(tops > 0) & finite])
-    order = np.empty((0, int(tops.max())), np.int64)
-    if len(needed):
-        order = ranks(logits[as_tensor(needed, torch.int64, logits.device)])[1][:, : int(tops.max())].cpu().numpy()
-    plain = np.arange(int(tops.max()))
-    place = np.searchsorted(needed, rows)
-    return np.concatenate(
-        [(order[place[i]] if finite[i] else plain)[:top] for i, top in enumerate(tops)], dtype=np.int64
-    )
+        return torch.empty(0, dtype=torch.int64, device=device)
+    needed, place = np.unique(rows[tops > 0], return_inverse=True)
+    most = int(tops.max())
+    sorted_rows = as_tensor(needed, torch.int64, device)
+    order = ranks(logits[sorted_rows])[1][:, :most]
+    order = torch.where(torch.isfinite(peaks[sorted_rows])[:, None], order, torch.arange(most, device=device))
+    lengths = tops[tops > 0]
+    ranks_of_each = np.concatenate([np.arange(length) for length in lengths])
+    where = as_tensor(np.repeat(place, lengths), torch.int64, device)
+    return order[where, as_tensor(ranks_of_each, torch.int64, device)]
 
 
-def _check(name: str, values: Longs, limit: int) -> None:
+def check(name: str, values: Longs, limit: int) -> None:
     """Raises IndexError for a value outside [0, limit)."""
     wrong = values[(values < 0) | (values >= limit)]
     if len(wrong):

@@ -21,6 +21,7 @@ from engine.kernels.eager import EagerBackend
 from engine.kernels.gpu.backend import GpuBackend, GpuProgram, open_gpu_backend
 from engine.kernels.gpu.errors import DeviceLostError
 from engine.kernels.kv_cache import allocate_kv_cache
+from engine.kernels.queued import QueueingProgram
 from engine.kernels.table import Backend
 from engine.models.registry import build_model
 from engine.wire.sampling import LogprobOptions
@@ -47,15 +48,20 @@ def questions() -> list[Admit]:
     ]  # fmt: skip
 
 
-def served(folder: str, backend: Backend, device: torch.device | str, sent: list[Admit], budget: int = 64) -> Sent:
+def served(folder: str, backend: Backend, device: torch.device | str, sent: list[Admit], budget: int = 64, *, overlap: bool = False
+) -> Sent:
     source = ModelSource(name=folder, kind="folder", path=folder)
     config = read_model_config(source)
     model = build_model(config, dtype=torch.float32, backend=backend)
     load_weights(open_weights(source, config), model.places, ignore=model.ignored)
     cache = allocate_kv_cache(model.config, POOL, torch.float32, device)
+    program = model.program(cache)
+    if overlap:
+        assert isinstance(program, QueueingProgram)
     scheduler, answers = scheduler_over(
-        backend, model.program(cache), POOL, longest=POOL - 1, eos_ids=[], prefill_budget=budget, max_running=8
-    )
+        backend, program, POOL, longest=POOL - 1, eos_ids=[], prefill_budget=budget, max_running=8,
+        queueing=program if overlap and isinstance(program, QueueingProgram) else None,
+    )  # fmt: skip
     for request in sent:
         scheduler.handle(request)
     run_to_end(scheduler)
@@ -80,6 +86,28 @@ def test_answers_are_those_of_the_reference_and_depend_on_nobody_beside(folder: 
         alone = served(folder, backend, device, [question])
         assert alone.tokens[question.key] == together.tokens[question.key]
         assert packed(alone, question.key) == packed(together, question.key)
+
+
+def plain_questions() -> list[Admit]:
+    """What steps may overlap for: greedy, drawn with and without cuts, with logprobs of each kind."""
+    prompt = list(range(3, 22))
+    return [
+        admit(0, prompt, new=NEW, logprobs=LogprobOptions(top=2, ids=[7, 1])),
+        admit(1, prompt[:9], new=NEW + 2, temperature=0.8, top_p=0.9, top_k=20, seed=5, logprobs=LogprobOptions(top=1)),
+        admit(2, prompt[:1], new=1, temperature=1.2, seed=8, min_p=0.01, logprobs=LogprobOptions()),
+        admit(3, prompt[4:], new=NEW, temperature=0.9, seed=9),
+        admit(4, prompt[5:7], new=0),
+    ]
+
+
+def test_steps_that_overlap_give_the_same_bits(folder: str, device: torch.device) -> None:
+    backend = open_gpu_backend(device)
+    apart = served(folder, backend, device, plain_questions(), budget=7)
+    overlapped = served(folder, backend, device, plain_questions(), budget=7, overlap=True)
+    assert overlapped.tokens == apart.tokens and overlapped.finishes == apart.finishes
+    assert [len(tokens) for tokens in apart.tokens.values()] == [NEW, NEW + 2, 1, NEW, 0]
+    for question in plain_questions():
+        assert packed(overlapped, question.key) == packed(apart, question.key)
 
 
 def packed(sent: Sent, key: int) -> bytes:
