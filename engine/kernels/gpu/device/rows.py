@@ -54,7 +54,7 @@ def embed(ids, weight, out, scale, first, held, WIDTH: tl.constexpr, BLOCK: tl.c
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
     own = tl.load(ids + row).to(tl.int64) - first
-    here = inside & (own >= 0) & (own < held)
+    here = column < tl.where((own >= 0) & (own < held), WIDTH, 0)
     value = tl.load(weight + own * WIDTH + column, mask=here, other=0.0).to(tl.float32) * scale
     tl.store(out + row * WIDTH + column, value.to(out.dtype.element_ty), mask=inside)
 
@@ -70,7 +70,7 @@ def embed_sum(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
     own = tl.load(ids + row).to(tl.int64) - first
-    here = inside & (own >= 0) & (own < held)
+    here = column < tl.where((own >= 0) & (own < held), WIDTH, 0)
     value = tl.load(tokens + own * WIDTH + column, mask=here, other=0.0).to(tl.float32)
     if types is not None:
         kind = column
