@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed import FileStore
+from torch.distributed import FileStore, HashStore
 
-from engine.parallel.distributed import open_distributed
-from engine.parallel.group import in_order
+from engine.parallel.distributed import DistributedGroup, open_distributed
+from engine.parallel.group import GroupLostError, in_order
 
 ROOT = Path(__file__).resolve().parents[3]
 SHAPES = ((1,), (3, 48), (7, 1030), (0, 5))
@@ -60,15 +61,9 @@ def work(rank: int, size: int, path: str, dies: bool) -> None:
     group.close()
 
 
-def lose(group: object, rank: int) -> None:
-    from engine.parallel.distributed import DistributedGroup
-    from engine.parallel.group import GroupLostError
-
-    assert isinstance(group, DistributedGroup)
+def lose(group: DistributedGroup, rank: int) -> None:
     if rank == 1:
         print("left", flush=True)
-        import os
-
         os._exit(0)
     for _ in range(2):  # it stays lost
         with pytest.raises(GroupLostError, match=f"rank {rank} of"):
@@ -117,6 +112,18 @@ def test_sums_and_gathers(size: int, tmp_path: Path) -> None:
 def test_a_rank_that_is_gone(size: int, tmp_path: Path) -> None:
     with processes(size, tmp_path / "store", dies=True) as ranks:
         assert [said(one) for one in ranks] == ["lost", "left", "lost"][:size]
+
+
+def test_a_rank_that_never_comes(tmp_path: Path) -> None:
+    with pytest.raises(GroupLostError, match="rank 0 of 2"):
+        open_distributed(0, 2, FileStore(str(tmp_path / "store"), 2), "gloo", 0.5)
+
+
+def test_what_is_not_gathered() -> None:
+    alone = open_distributed(0, 1, HashStore(), "gloo", 5.0)
+    with pytest.raises(ValueError, match="7 dimensions"):
+        alone.gather(torch.ones([1] * 7))
+    alone.close()
 
 
 def test_wrong_ranks(tmp_path: Path) -> None:
