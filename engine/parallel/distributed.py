@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as library
 
 from engine.parallel.group import GroupLostError, in_order
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store  # torch.distributed.Store, which its stubs do not export
 
 Carrier = Literal["nccl", "gloo"]
 
@@ -32,7 +35,8 @@ class DistributedGroup:
     x and on where in it an entry lies. Of n ranks each receives (n - 1) x bytes; with a ring it were 2 (n - 1) / n.
     For 2 ranks that is the same, for 4 twice and for 8 four times as many.
 
-    With NCCL a sum is only queued, as all of a step is, and a rank that is gone shows at the next gather, which waits.
+    With NCCL a sum is only queued, as all of a step is, and a rank that is gone shows at the next gather, which waits
+    for all that is queued: patience must be longer than a step.
     """
 
     rank: int
@@ -90,7 +94,7 @@ class DistributedGroup:
 
 
 def open_distributed(
-    rank: int, size: int, store: library.Store, backend: Carrier = "nccl", patience: float = 60.0
+    rank: int, size: int, store: Store, backend: Carrier = "nccl", patience: float = 60.0
 ) -> DistributedGroup:
     """The group of the ranks 0 to size - 1 that call this with stores of the same contents. All make it before any
     goes on; `patience` is in seconds and for this, too.
@@ -130,11 +134,11 @@ def lost(group: DistributedGroup) -> Iterator[None]:
         raise GroupLostError(f"rank {group.rank} of {group.size}: {error}") from None
 
 
-def _open_gloo(store: library.Store, rank: int, size: int, wait: timedelta) -> Any:
+def _open_gloo(store: Store, rank: int, size: int, wait: timedelta) -> Any:
     return library.ProcessGroupGloo(store, rank, size, wait)
 
 
-def _open_nccl(store: library.Store, rank: int, size: int, wait: timedelta) -> Any:
+def _open_nccl(store: Store, rank: int, size: int, wait: timedelta) -> Any:
     """The library's own watch ends the process, so it gets twice the time that a call has to end with an error."""
     carrier = library.ProcessGroupNCCL
     options = carrier.Options()
