@@ -106,10 +106,7 @@ class GpuBackend:
     """Kernels on one device: a GPU, or in tests the CPU, where Triton's interpreter runs them."""
 
     device: torch.device
-
-    @property
-    def group(self) -> Group:
-        return ALONE
+    group: Group = ALONE
 
     @property
     def name(self) -> str:
@@ -138,7 +135,7 @@ class GpuBackend:
         dtype: torch.dtype,
         pooling: Pooling = "row",
     ) -> GpuProgram:
-        return GpuProgram(step, head, cache, GpuOps(self.device), pooling)
+        return GpuProgram(step, head, cache, GpuOps(self.device, group=self.group), pooling)
 
     @device_errors()
     def best(self, logits: torch.Tensor) -> tuple[Longs, Floats]:
@@ -174,7 +171,7 @@ class GpuBackend:
         return logits.to(self.device)
 
 
-def open_gpu_backend(device: torch.device | str) -> GpuBackend:
+def open_gpu_backend(device: torch.device | str, group: Group = ALONE) -> GpuBackend:
     """The backend on "cuda" or "cuda:N", which becomes the process's current device, or on "cpu" (interpreted).
 
     Raises RuntimeError where torch cannot use that GPU.
@@ -185,4 +182,4 @@ def open_gpu_backend(device: torch.device | str) -> GpuBackend:
         if chosen.index is None:
             chosen = torch.device("cuda", torch.cuda.current_device())
         torch.cuda.set_device(chosen)
-    return GpuBackend(chosen)
+    return GpuBackend(chosen, group)

@@ -27,6 +27,7 @@ from engine.kernels.gpu.experts import (
 from engine.kernels.gpu.launch import Call, as_tensor
 from engine.kernels.gpu.products import head_product, padded_empty, product
 from engine.kernels.table import Activation, MoeWeights, Pooling, RotaryFrequencies, Rows, SharedExpert
+from engine.parallel.group import ALONE, Group
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
 
@@ -44,6 +45,8 @@ class StepContext:
 class GpuOps:
     """launch: what is done with each kernel's launch; products go to torch.
 
+    group: the ranks that the model is divided among.
+
     routed: what each mixture of experts of the step has chosen, int32 [T, top_k].
 
     inverses, tables: the rotaries' frequencies and the experts' addresses on the device, made when first needed.
@@ -51,6 +54,7 @@ class GpuOps:
 
     device: torch.device
     launch: Callable[[Call], None] = Call.run
+    group: Group = ALONE
     routed: list[torch.Tensor] = field(default_factory=list)
     inverses: dict[int, tuple[RotaryFrequencies, torch.Tensor]] = field(default_factory=dict)
     tables: dict[int, tuple[MoeWeights, ExpertTable]] = field(default_factory=dict)
@@ -75,14 +79,14 @@ class GpuOps:
         return angles.cos() * rotary.factor, angles.sin() * rotary.factor
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        return x  # a model is on one GPU so far
+        """Where x lies, with the room that is behind it."""
+        return x if self.group.size == 1 else x.copy_(self.group.all_reduce(x))
 
     def embedding(
         self, token_ids: torch.Tensor, weight: DenseMatrix, scale: float = 1.0, first: int = 0
     ) -> torch.Tensor:
-        assert not first, "a model is on one GPU so far"
         out = self._empty(token_ids.shape[0], weight.weight.shape[1], weight.weight.dtype)
-        self.launch(row_calls.embedding_call(token_ids, weight.weight, scale, out))
+        self.launch(row_calls.embedding_call(token_ids, weight.weight, scale, first, out))
         return out
 
     def embedding_sum(
@@ -94,10 +98,9 @@ class GpuOps:
         first_position: int,
         first: int = 0,
     ) -> torch.Tensor:
-        assert positions is not None and not first, "a model is on one GPU so far"
         out = self._empty(batch.num_tokens, tokens.weight.shape[1], tokens.weight.dtype)
-        kinds = None if types is None else types.weight
-        self.launch(row_calls.embedding_sum_call(batch, tokens.weight, positions.weight, kinds, first_position, out))
+        places, kinds = (None if part is None else part.weight for part in (positions, types))
+        self.launch(row_calls.embedding_sum_call(batch, tokens.weight, places, kinds, first_position, first, out))
         return out
 
     def linear(self, x: torch.Tensor, weight: DenseMatrix, activation: Activation = "identity") -> torch.Tensor:

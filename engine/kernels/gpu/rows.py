@@ -56,23 +56,30 @@ def layer_norm_call(
     return Call(kernels.layer_norm, (x.shape[0], 1, 1), arguments, shape, warps)
 
 
-def embedding_call(ids: torch.Tensor, weight: torch.Tensor, scale: float, out: torch.Tensor) -> Call:
+def embedding_call(ids: torch.Tensor, weight: torch.Tensor, scale: float, first: int, out: torch.Tensor) -> Call:
+    """first: the id that row 0 of `weight` is of."""
     grid, shape, warps = _strips(*out.shape)
-    return Call(kernels.embed, grid, {"ids": ids, "weight": weight, "out": out, "scale": float(scale)}, shape, warps)
+    arguments = {
+        "ids": ids, "weight": weight, "out": out, "scale": float(scale), "first": first, "held": len(weight),
+    }  # fmt: skip
+    return Call(kernels.embed, grid, arguments, shape, warps)
 
 
 def embedding_sum_call(
     batch: RaggedBatch,
     tokens: torch.Tensor,
-    positions: torch.Tensor,
+    positions: torch.Tensor | None,
     types: torch.Tensor | None,
     first_position: int,
+    first: int,
     out: torch.Tensor,
 ) -> Call:
+    """first: the id that row 0 of `tokens` is of."""
     grid, shape, warps = _strips(*out.shape)
     arguments = {
         "ids": batch.token_ids, "places": batch.positions, "type_ids": batch.type_ids, "tokens": tokens,
         "positions": positions, "types": types, "out": out, "first_position": first_position,
+        "first": first, "held": len(tokens),
     }  # fmt: skip
     return Call(kernels.embed_sum, grid, arguments, shape, warps)
 

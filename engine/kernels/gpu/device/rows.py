@@ -47,33 +47,39 @@ def layer_norm(
     tl.store(normed + where, result.to(normed.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def embed(ids, weight, out, scale, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["first", "held"])
+def embed(ids, weight, out, scale, first, held, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """The rows of tokens whose ids are in [first, first + held), times `scale`; zeros for others."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
-    source = tl.load(ids + row).to(tl.int64) * WIDTH + column
-    value = tl.load(weight + source, mask=inside, other=0.0).to(tl.float32) * scale
+    own = tl.load(ids + row).to(tl.int64) - first
+    here = column < tl.where((own >= 0) & (own < held), WIDTH, 0)
+    value = tl.load(weight + own * WIDTH + column, mask=here, other=0.0).to(tl.float32) * scale
     tl.store(out + row * WIDTH + column, value.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["first_position"])
+@triton.jit(do_not_specialize=["first_position", "first", "held"])
 def embed_sum(
-    ids, places, type_ids, tokens, positions, types, out, first_position, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+    ids, places, type_ids, tokens, positions, types, out, first_position, first, held, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr
 ):  # fmt: skip
-    """The rows of a token, of its type (type 0 without type_ids) and of its position, added in this order."""
+    """The rows of a token (as in `embed`), of its type (type 0 without type_ids) and of its position, added in this
+    order."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
-    source = tl.load(ids + row).to(tl.int64) * WIDTH + column
-    value = tl.load(tokens + source, mask=inside, other=0.0).to(tl.float32)
+    own = tl.load(ids + row).to(tl.int64) - first
+    here = column < tl.where((own >= 0) & (own < held), WIDTH, 0)
+    value = tl.load(tokens + own * WIDTH + column, mask=here, other=0.0).to(tl.float32)
     if types is not None:
         kind = column
         if type_ids is not None:
             kind = tl.load(type_ids + row).to(tl.int64) * WIDTH + column
         value += tl.load(types + kind, mask=inside, other=0.0).to(tl.float32)
-    place = (tl.load(places + row).to(tl.int64) + first_position) * WIDTH + column
-    value += tl.load(positions + place, mask=inside, other=0.0).to(tl.float32)
+    if positions is not None:
+        place = (tl.load(places + row).to(tl.int64) + first_position) * WIDTH + column
+        value += tl.load(positions + place, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * WIDTH + column, value.to(out.dtype.element_ty), mask=inside)
 
 

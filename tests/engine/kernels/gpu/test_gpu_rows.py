@@ -74,6 +74,21 @@ def test_embeddings(ops: GpuOps, dtype: torch.dtype, width: int) -> None:
         check(found, reference.embedding_sum(batch, *wide, 2), dtype)
 
 
+@EACH_DTYPE
+def test_embeddings_of_a_part(ops: GpuOps, dtype: torch.dtype) -> None:
+    """Rows 8 to 19 of a vocabulary: zeros for all other tokens, whose rows must not be read."""
+    batch = dataclasses.replace(batch_of([3, 2], [5, 0], 20), token_ids=torch.tensor([7, 8, 19, 20, 30]))
+    tokens, types = random(1, 12, 40, dtype=dtype), random(2, 2, 40, dtype=dtype)
+    found = ops.embedding(batch.token_ids.to(ops.device), dense(tokens, None, ops.device), 2.0, 8)
+    assert torch.equal(found.cpu(), reference.embedding(batch.token_ids, DenseMatrix(tokens, None), 2.0, 8))
+    assert found.cpu().any(1).tolist() == [False, True, True, False, False]
+    for kinds in (None, types):
+        matrices = [None if part is None else dense(part, None, ops.device) for part in (tokens, None, kinds)]
+        wide = [None if part is None else DenseMatrix(part.double(), None) for part in (tokens, None, kinds)]
+        found = ops.embedding_sum(moved(batch, ops.device), *matrices, 2, 8)
+        check(found, reference.embedding_sum(batch, *wide, 2, 8), dtype)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("biased", [False, True])
 @EACH_DTYPE
