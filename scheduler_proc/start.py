@@ -78,7 +78,9 @@ def schedule(config: RunConfig, started: float) -> None:
         program = RankedProgram(program, ranks, bounds(config, engine))
     moved = config.model if config.launched else None
     weights = Weights(engine.model, engine.checkpoint, config, moved=moved, ranks=ranks)
-    overlaps = isinstance(program, QueueingProgram) and not server.disable_overlap_schedule
+    queueing: QueueingProgram | None = None
+    if isinstance(program, QueueingProgram) and not server.disable_overlap_schedule and engine.task.kind == "generation":
+        queueing = program
     divided = ranks is not None and engine.task.kind == "generation"
     scheduler = Scheduler(
         settings=loop_settings,
@@ -92,7 +94,7 @@ def schedule(config: RunConfig, started: float) -> None:
         first_version=server.weight_version,
         heart=heart,
         ranks=ranks,
-        queueing=program if overlaps and engine.task.kind == "generation" else None,
+        queueing=queueing,
     )
     scheduler.generation.set_paused(config.standing.paused)
     scheduler.operation.pause = config.standing.step_sleep

@@ -48,7 +48,14 @@ def questions() -> list[Admit]:
     ]  # fmt: skip
 
 
-def served(folder: str, backend: Backend, device: torch.device | str, sent: list[Admit], budget: int = 64, *, overlap: bool = False
+def served(
+    folder: str,
+    backend: Backend,
+    device: torch.device | str,
+    sent: list[Admit],
+    budget: int = 64,
+    *,
+    overlap: bool = False,
 ) -> Sent:
     source = ModelSource(name=folder, kind="folder", path=folder)
     config = read_model_config(source)
