@@ -78,9 +78,8 @@ def schedule(config: RunConfig, started: float) -> None:
         program = RankedProgram(program, ranks, bounds(config, engine))
     moved = config.model if config.launched else None
     weights = Weights(engine.model, engine.checkpoint, config, moved=moved, ranks=ranks)
-    queueing: QueueingProgram | None = None
-    if isinstance(program, QueueingProgram) and not server.disable_overlap_schedule and engine.task.kind == "generation":
-        queueing = program
+    overlaps = engine.task.kind == "generation" and not server.disable_overlap_schedule
+    queueing = program if isinstance(program, QueueingProgram) and overlaps else None
     divided = ranks is not None and engine.task.kind == "generation"
     scheduler = Scheduler(
         settings=loop_settings,
