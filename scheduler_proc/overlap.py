@@ -2,8 +2,8 @@
 feeds in itself.
 
 So a request may have tokens that the host does not know yet (`Request.queued`). A step that ends a request is read when
-the next one is queued already: that has computed a token too many, which nobody sees, and whose slot is given back. The
-device works in the order of the queue, so the slot's next owner writes it later.
+the next one is queued already, and samples a token too many, which nobody sees. Slots of tokens that will never be
+known are given back at once: the device works in the order of the queue, so the next owner writes them later.
 """
 
 from __future__ import annotations

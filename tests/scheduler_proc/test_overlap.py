@@ -6,11 +6,12 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulation import VOCABULARY, HashModel, Sent, admit, run_to_end, scheduler_over
+from simulation import VOCABULARY, HashModel, Sent, admit, expected_tokens, run_to_end, scheduler_over
 
 from engine.kernels.batch import RaggedBatch
 from engine.kernels.eager import EagerBackend
@@ -161,3 +162,37 @@ def test_a_step_that_cannot_be_queued_is_computed_by_itself() -> None:
     plain.handle(admit(1, [1, 2, 3, 4], new=9))
     run_to_end(plain)
     assert sent.tokens == expected.tokens and sent.finishes == expected.finishes
+
+
+def test_a_request_that_comes_again_has_nothing_of_the_step_in_flight() -> None:
+    """As after the death of another process: the same key, a later attempt, its output so far known."""
+    scheduler, sent, model = overlapping(300)
+    prompt, answer = [1, 2, 3], expected_tokens([1, 2, 3], 9)
+    scheduler.handle(admit(0, prompt, new=9))
+    scheduler.handle(admit(1, [4, 5], new=9))
+    for _ in range(3):
+        scheduler.step()
+    assert model.untold == 1
+    sent.tokens.pop(0), sent.opened.pop(0)
+    scheduler.handle(msgspec.structs.replace(admit(0, prompt, new=9, earlier=answer[:1]), attempt=1))
+    scheduler.planner.memory.check(scheduler.planner.running)
+    run_to_end(scheduler)
+    assert sent.tokens == {0: answer, 1: expected_tokens([4, 5], 9)}
+
+
+def test_logits_that_are_no_numbers_end_their_request_alone() -> None:
+    scheduler, sent, model = overlapping(300)
+    logits = model.logits
+
+    def broken(rows: Rows) -> torch.Tensor:
+        made = logits(rows)
+        if model.queued == 3:
+            made[0] = torch.nan
+        return made
+
+    model.logits = broken  # type: ignore[method-assign]
+    scheduler.handle(admit(0, [1, 2, 3], new=9))
+    scheduler.handle(admit(1, [4, 5], new=9))
+    run_to_end(scheduler)
+    assert sent.finishes[0].matched == "NaN happened" and len(sent.tokens[0]) == 3
+    assert sent.tokens[1] == expected_tokens([4, 5], 9)
