@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +33,11 @@ def free_port() -> int:
 
 
 @contextmanager
-def second_machine(model: Path, flags: tuple[str, ...], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    command = [sys.executable, "-m", "engine", "serve", str(model), *flags, "--node-rank", "1"]
+def machine(
+    number: int, model: Path, flags: tuple[str, ...], log: Path, within: tuple[str, ...] = ()
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A launcher. within: the command that runs it elsewhere, by exec."""
+    command = [*within, sys.executable, "-m", "engine", "serve", str(model), *flags, "--node-rank", str(number)]
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
     family = [process.pid]
@@ -55,20 +60,22 @@ def two_machines(model: Path, folder: Path) -> Iterator[tuple[LiveServer, psutil
     """Machine 0, and the launcher and the log of machine 1."""
     shared = (*FLAGS, "--tp-size", "2", "--nnodes", "2", "--dist-init-addr", f"127.0.0.1:{free_port()}")
     log = folder / "machine1.log"
-    with second_machine(model, shared, log) as second, running_server(*shared, model=model) as server:
+    with machine(1, model, shared, log) as second, running_server(*shared, model=model) as server:
         yield server, psutil.Process(second.pid), log
 
 
+BODY = {
+    "input_ids": PROMPTS,
+    "sampling_params": [
+        {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True},
+        {"temperature": 0.8, "sampling_seed": 5, "max_new_tokens": 12, "ignore_eos": True},
+        {"temperature": 1.1, "top_k": 7, "sampling_seed": 6, "max_new_tokens": 12, "ignore_eos": True},
+    ],
+}
+
+
 def answers(server: LiveServer) -> Any:
-    body = {
-        "input_ids": PROMPTS,
-        "sampling_params": [
-            {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True},
-            {"temperature": 0.8, "sampling_seed": 5, "max_new_tokens": 12, "ignore_eos": True},
-            {"temperature": 1.1, "top_k": 7, "sampling_seed": 6, "max_new_tokens": 12, "ignore_eos": True},
-        ],
-    }
-    found = httpx.post(f"{server.url}/generate", json=body, timeout=120)
+    found = httpx.post(f"{server.url}/generate", json=BODY, timeout=120)
     assert found.status_code == 200, found.text
     return [one["output_ids"] for one in found.json()]
 
@@ -96,6 +103,69 @@ def test_two_machines_answer_like_one_and_survive_each_other(model: Path, tmp_pa
         while httpx.get(f"{server.url}/health", timeout=10).status_code != 200:
             assert time.monotonic() < until
             time.sleep(0.1)
+
+
+@contextmanager
+def two_namespaces() -> Iterator[tuple[str, str, str]]:
+    """Two networks joined by a wire: their names, and the address of the first one."""
+    tag = f"tm{os.getpid()}"
+    names, net = (f"{tag}a", f"{tag}b"), f"10.{os.getpid() % 200 + 20}.{os.getpid() // 200 % 250}"
+
+    def ip(*words: str) -> None:
+        done = subprocess.run(["ip", *words], capture_output=True, text=True, timeout=20)
+        if done.returncode:
+            raise OSError(f"ip {' '.join(words)}: {done.stderr.strip()}")
+
+    with ExitStack() as made:
+        for name in names:
+            ip("netns", "add", name)
+            made.callback(ip, "netns", "delete", name)  # and with it its end of the wire
+        ip("link", "add", f"{tag}x", "netns", names[0], "type", "veth", "peer", "name", f"{tag}y", "netns", names[1])
+        for number, name in enumerate(names):
+            ip("-n", name, "address", "add", f"{net}.{number + 1}/24", "dev", f"{tag}{'xy'[number]}")
+            for link in (f"{tag}{'xy'[number]}", "lo"):
+                ip("-n", name, "link", "set", link, "up")
+        ip("netns", "exec", names[0], "true")  # may be forbidden where the rest is not
+        yield *names, f"{net}.1"
+
+
+CLIENT = """
+import sys, time, httpx
+url, body = sys.argv[1:]
+until = time.monotonic() + 60
+while True:
+    try:
+        if httpx.get(url + "/health", timeout=10).status_code == 200:
+            break
+    except httpx.TransportError:
+        pass
+    assert time.monotonic() < until, "the server is not ready"
+    time.sleep(0.1)
+kind = {"Content-Type": "application/json"}
+sys.stdout.write(httpx.post(url + "/generate", content=body, headers=kind, timeout=60).raise_for_status().text)
+"""
+
+
+def test_machines_with_networks_of_their_own(tmp_path: Path) -> None:
+    model = tiny_llama(tmp_path / "model")
+    with running_server(*FLAGS, model=model) as alone:
+        wanted = answers(alone)
+    with ExitStack() as running:
+        try:
+            first, second, address = running.enter_context(two_namespaces())
+        except OSError as error:
+            pytest.skip(f"no network namespaces can be made here: {error}")
+        flags = (*FLAGS, "--tp-size", "2", "--nnodes", "2", "--dist-init-addr", f"{address}:29511")
+        logs = [tmp_path / "machine0.log", tmp_path / "machine1.log"]
+        within = [("ip", "netns", "exec", name) for name in (first, second)]
+        running.enter_context(machine(1, model, flags, logs[1], within[1]))
+        serving = (*flags, "--host", address, "--port", "30000")
+        running.enter_context(machine(0, model, serving, logs[0], within[0]))
+        client = [*within[0], sys.executable, "-c", CLIENT, f"http://{address}:30000", json.dumps(BODY)]
+        found = subprocess.run(client, capture_output=True, text=True, timeout=150)
+        assert found.returncode == 0, found.stderr + "".join(log.read_text() for log in logs)
+        assert [one["output_ids"] for one in json.loads(found.stdout)] == wanted
+        assert f"computes scheduler tp1 for {address}:" in logs[1].read_text()
 
 
 def test_settings_that_do_not_fit(tmp_path: Path) -> None:
