@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -97,7 +98,7 @@ class Decoder:
                 x = ops.rms_norm(x, None, layer.mlp_post_norm, eps)[0]
         return ops.rms_norm(x, residual, weights.final_norm, eps)[0]
 
-    @property
+    @cached_property
     def _embedding_scale(self) -> float:
         """transformers rounds it to the dtype of the weights."""
         if not self.traits.scaled_embedding:

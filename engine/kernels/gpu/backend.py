@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -14,10 +14,13 @@ from engine.kernels.batch import RaggedBatch
 from engine.kernels.dense import DenseMatrix
 from engine.kernels.gpu import sampling
 from engine.kernels.gpu.errors import device_errors
+from engine.kernels.gpu.graphs import Captured, DecodeGraphs, capture_decodes
 from engine.kernels.gpu.launch import as_tensor
+from engine.kernels.gpu.machine import HostMachine, Machine, open_machine
 from engine.kernels.gpu.ops import GpuOps
 from engine.kernels.gpu.products import gpu_matrix, make_products_exact
 from engine.kernels.gpu.queueing import fed, sample_queued
+from engine.kernels.gpu.ring import Ring
 from engine.kernels.kv_cache import KvCache
 from engine.kernels.queued import Draws, Outcome, Scores
 from engine.kernels.table import Doubles, Floats, Integers, Logprobs, Longs, Ops, Pooling, Rows
@@ -26,14 +29,18 @@ from engine.parallel.group import ALONE, Group
 
 @dataclass(slots=True)
 class GpuProgram:
-    """batch, hidden: of the last step, on the device. rows: what the head was last given. last: what
-    the step queued last has sampled, int64 [R] on the device."""
+    """batch, hidden: of the last step, hidden states on the device. rows: what the head was last given. last: what
+    the step queued last has sampled, int64 on the device. graphs: of decodes, once they are captured. ring: for what
+    steps copy."""
 
     step: Callable[[Ops, RaggedBatch, KvCache], Any]
     head: Callable[[Ops, Any], Any]
     cache: KvCache
     ops: GpuOps
+    machine: Machine
+    ring: Ring
     pooling: Pooling = "row"
+    graphs: DecodeGraphs | None = None
     batch: RaggedBatch | None = None
     hidden: torch.Tensor | None = None
     rows: torch.Tensor | None = None
@@ -43,9 +50,26 @@ class GpuProgram:
     @torch.inference_mode()
     def run(self, batch: RaggedBatch, rows: Rows, keep: Longs | None = None) -> torch.Tensor:
         """Queues the step and its head; nothing waits for the GPU."""
+        found = self._replayed(batch, rows, np.full(batch.num_tokens, -1))
+        return self._launched(on_device(batch, self.ops.device), rows) if found is None else found
+
+    def _replayed(self, batch: RaggedBatch, rows: Rows, sources: Longs) -> torch.Tensor | None:
+        """The logits of a step that there is a graph for."""
+        if self.graphs is None:
+            return None
+        graph = self.graphs.replay(batch, rows, sources)
+        if graph is None:
+            return None
+        count = batch.num_sequences
+        self.batch, self.hidden = batch, self.graphs.hidden[:count]
+        self.rows, self.ops.routed = self.hidden, [ids[:count] for ids in graph.routed]
+        return self.graphs.logits[:count]
+
+    def _launched(self, batch: RaggedBatch, rows: Rows) -> torch.Tensor:
+        """Those of a step on the device, launched kernel by kernel."""
         self.ops.routed = []
-        self.batch = on_device(batch, self.ops.device)
-        self.hidden = self.step(cast(Ops, self.ops), self.batch, self.cache)
+        self.batch = batch
+        self.hidden = self.step(cast(Ops, self.ops), batch, self.cache)
         return self.logits(rows)
 
     @device_errors()
@@ -63,9 +87,27 @@ class GpuProgram:
         self, batch: RaggedBatch, rows: Rows, sources: Longs, draws: Draws | None, scores: Scores | None
     ) -> Callable[[], Outcome]:
         """See `engine.kernels.queued`."""
-        logits = self.run(fed(on_device(batch, self.ops.device), sources, self.last), rows)
-        self.last, outcome = sample_queued(logits, draws, scores)
+        logits = self._replayed(batch, rows, sources)
+        if logits is None:
+            logits = self._launched(fed(on_device(batch, self.ops.device), sources, self.last), rows)
+        tokens, outcome = sample_queued(logits, draws, scores, self.ring)
+        self.last = tokens
+        if self.graphs is not None:
+            self.last = self.graphs.sampled
+            self.last[: len(tokens)].copy_(tokens)
         return outcome
+
+    @device_errors()
+    @torch.inference_mode()
+    def capture(
+        self, sizes: tuple[int, ...], running: int, longest: int, beat: Callable[[], None] = lambda: None
+    ) -> tuple[int, ...]:
+        """See `engine.kernels.queued.CapturingProgram`. There are none where ranks add up within a step."""
+        if not sizes or not self.machine.has_graphs or self.ops.group.size > 1:
+            return ()
+        model = Captured(self.step, self.head, self.cache, self.ops)
+        self.graphs = capture_decodes(model, self.machine, Ring(self.machine), sizes, running, longest, beat)
+        return () if self.graphs is None else self.graphs.sizes
 
     def pooled(self) -> torch.Tensor:
         assert self.rows is not None, "pooled rows are asked for before a step was run"
@@ -107,6 +149,7 @@ class GpuBackend:
 
     device: torch.device
     group: Group = ALONE
+    machine: Machine = field(default_factory=HostMachine)
 
     @property
     def name(self) -> str:
@@ -135,7 +178,8 @@ class GpuBackend:
         dtype: torch.dtype,
         pooling: Pooling = "row",
     ) -> GpuProgram:
-        return GpuProgram(step, head, cache, GpuOps(self.device, group=self.group), pooling)
+        ops = GpuOps(self.device, group=self.group)
+        return GpuProgram(step, head, cache, ops, self.machine, Ring(self.machine), pooling)
 
     @device_errors()
     def best(self, logits: torch.Tensor) -> tuple[Longs, Floats]:
@@ -182,4 +226,4 @@ def open_gpu_backend(device: torch.device | str, group: Group = ALONE) -> GpuBac
         if chosen.index is None:
             chosen = torch.device("cuda", torch.cuda.current_device())
         torch.cuda.set_device(chosen)
-    return GpuBackend(chosen, group)
+    return GpuBackend(chosen, group, open_machine(chosen))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import methodcaller
 
 import torch
 
@@ -50,14 +51,17 @@ class GpuOps:
     routed: what each mixture of experts of the step has chosen, int32 [T, top_k].
 
     inverses, tables: the rotaries' frequencies and the experts' addresses on the device, made when first needed.
+
+    plan: attention's, where it does not follow from the step's batch.
     """
 
     device: torch.device
-    launch: Callable[[Call], None] = Call.run
+    launch: Callable[[Call], None] = methodcaller("run")
     group: Group = ALONE
     routed: list[torch.Tensor] = field(default_factory=list)
     inverses: dict[int, tuple[RotaryFrequencies, torch.Tensor]] = field(default_factory=dict)
     tables: dict[int, tuple[MoeWeights, ExpertTable]] = field(default_factory=dict)
+    plan: AttentionPlan | None = None
 
     def begin_step(
         self,
@@ -69,7 +73,7 @@ class GpuOps:
         causal: bool = True,
     ) -> StepContext:
         rotations = tuple(self._rotation(batch.positions, rotary) for rotary in rotaries)
-        return StepContext(rotations, batch.slots, plan_attention(batch, causal=causal))
+        return StepContext(rotations, batch.slots, self.plan or plan_attention(batch, causal=causal))
 
     def _rotation(self, positions: torch.Tensor, rotary: RotaryFrequencies) -> Rotation:
         """By torch, whose cosine holds for large angles too; a GPU's quick one does not."""
