@@ -26,6 +26,7 @@ from engine.models.model import Model
 from engine.models.registry import build_model
 from engine.wire.lifecycle import Limits
 from scheduler_proc.company import ALONE, Company, Needs
+from scheduler_proc.decode_graphs import capture_decodes
 from scheduler_proc.weights import Checkpoint, launched_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -103,6 +104,12 @@ def load_engine(
         cache = allocate_kv_cache(model.held, slots, kv_dtype, device)
     program = model.program(cache)
     seconds["pool"] = time.monotonic() - mark
+    mark = time.monotonic()
+    graphs = capture_decodes(
+        program, server, running=running, longest=context, free=lambda: free_memory(device), beat=beat
+    )
+    if graphs.sizes:
+        seconds["graphs"] = time.monotonic() - mark
     gc.collect()
     gc.freeze()
     longest = longest_request(context, slots, task)
@@ -115,6 +122,8 @@ def load_engine(
         kvcache_gb=slots * needs.token_bytes / 1e9,
         available_gb=available / 1e9,
         load_seconds=seconds,
+        graph_sizes=graphs.sizes,
+        graph_gb=graphs.gigabytes,
     )
     logger.info(
         "%s, %s, on %s: weights %.2f GB, KV pool %.2f GB for %d tokens (%.1f GB were free); %s",

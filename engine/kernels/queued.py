@@ -66,11 +66,11 @@ class CapturingProgram(Protocol):
     """A program that can keep steps as graphs, to launch each as one."""
 
     def capture(
-        self, sizes: tuple[int, ...], running: int, longest: int, beat: Callable[[], None] = lambda: None
+        self, most: int, running: int, longest: int, beat: Callable[[], None] = lambda: None
     ) -> tuple[int, ...]:
-        """Prepare for decodes, one token each, of up to so many sequences. The answers are the same bits without.
+        """Prepare for decodes, one token each, of up to `most` sequences. The answers are the same bits without.
 
         running: most rows that a step samples. longest: most tokens of a sequence. beat: called now and then. Returns
-        the sizes that were captured: fewer where memory did not suffice, none where there are no graphs.
+        the numbers of sequences that there are graphs for, none where there are no graphs.
         """
         ...

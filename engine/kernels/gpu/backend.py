@@ -14,7 +14,7 @@ from engine.kernels.batch import RaggedBatch
 from engine.kernels.dense import DenseMatrix
 from engine.kernels.gpu import sampling
 from engine.kernels.gpu.errors import device_errors
-from engine.kernels.gpu.graphs import Captured, DecodeGraphs, capture_decodes
+from engine.kernels.gpu.graphs import Captured, DecodeGraphs, capture_decodes, ladder
 from engine.kernels.gpu.launch import as_tensor
 from engine.kernels.gpu.machine import HostMachine, Machine, open_machine
 from engine.kernels.gpu.ops import GpuOps
@@ -100,13 +100,13 @@ class GpuProgram:
     @device_errors()
     @torch.inference_mode()
     def capture(
-        self, sizes: tuple[int, ...], running: int, longest: int, beat: Callable[[], None] = lambda: None
+        self, most: int, running: int, longest: int, beat: Callable[[], None] = lambda: None
     ) -> tuple[int, ...]:
         """See `engine.kernels.queued.CapturingProgram`. There are none where ranks add up within a step."""
-        if not sizes or not self.machine.has_graphs or self.ops.group.size > 1:
+        if not self.machine.has_graphs or self.ops.group.size > 1:
             return ()
         model = Captured(self.step, self.head, self.cache, self.ops)
-        self.graphs = capture_decodes(model, self.machine, Ring(self.machine), sizes, running, longest, beat)
+        self.graphs = capture_decodes(model, self.machine, Ring(self.machine), ladder(most), running, longest, beat)
         return () if self.graphs is None else self.graphs.sizes
 
     def pooled(self) -> torch.Tensor:
