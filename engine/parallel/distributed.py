@@ -101,8 +101,8 @@ def open_distributed(
 
     "nccl": on the process's current GPU. Several groups in one store need prefixes (torch.distributed.PrefixStore).
 
-    Raises ValueError for a rank or a number of ranks that cannot be, RuntimeError where torch lacks the backend, and
-    GroupLostError where not all come.
+    Raises ValueError for a rank or a number of ranks that cannot be, NotImplementedError where torch lacks the backend,
+    and GroupLostError where not all come.
     """
     if not 0 <= rank < size:
         raise ValueError(f"rank is {rank}; allowed: 0 to {size - 1}, as there are {size} ranks")
@@ -113,7 +113,7 @@ def open_distributed(
     elif library.is_nccl_available():
         device, open_carrier = torch.device("cuda", torch.cuda.current_device()), _open_nccl
     else:
-        raise RuntimeError("this build of torch has no NCCL")
+        raise NotImplementedError("this build of torch has no NCCL")
     try:
         carried = open_carrier(store, rank, size, wait)
     except RuntimeError as error:
