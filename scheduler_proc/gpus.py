@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from scheduler_proc.hosts import Hosts
 if TYPE_CHECKING:
     from engine.parallel.distributed import Carrier
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class Gpus:
@@ -35,6 +38,7 @@ GPUS = Gpus()
 def open_on_gpu(server: ServerConfig, company: Company, gpus: Gpus) -> Backend:
     """The backend of this rank on its GPU, once it has met the others. Raises ConfigError and GroupLostError."""
     device = torch.device("cpu") if gpus.kind == "cpu" else take_gpu(server.base_gpu_id, company.place)
+    logger.debug("rank %d of this machine's %d computes on %s", *company.place, device)
     return open_gpu(device, company.meet(gpus.carrier))
 
 
