@@ -28,7 +28,6 @@ class DecodeGraphs:
 def capture_decodes(
     program: Program,
     server: ServerConfig,
-    *,
     running: int,
     longest: int,
     free: Callable[[], int],

@@ -26,7 +26,8 @@ from engine.models.model import Model
 from engine.models.registry import build_model
 from engine.wire.lifecycle import Limits
 from scheduler_proc.company import ALONE, Company, Needs
-from scheduler_proc.decode_graphs import capture_decodes
+from scheduler_proc.decode_graphs import DecodeGraphs, capture_decodes
+from scheduler_proc.gpus import GPUS, Gpus, open_on_gpu
 from scheduler_proc.weights import Checkpoint, launched_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -61,32 +62,37 @@ class Engine:
 
 
 def load_engine(
-    config: RunConfig, *, started: float, beat: Callable[[], None] = lambda: None, company: Company = ALONE
-) -> Engine:
+    config: RunConfig, *, started: float, beat: Callable[[], None] = lambda: None, company: Company = ALONE,
+    gpus: Gpus = GPUS,
+) -> Engine:  # fmt: skip
     """Size the pool, load the weights, allocate the pool. `started`: time.monotonic() at the start of the process.
-    `beat`: called again and again, as a sign of life. company: the other ranks.
+    `beat`: called again and again, as a sign of life. company: the other ranks. gpus: what `--device cuda` means.
     """
     server = config.server
-    device = "cuda" if server.device == "cuda" else "cpu"  # the launcher has found out what auto means
+    on_gpu = server.device == "cuda"  # the launcher has found out what auto means
+    device = gpus.kind if on_gpu else "cpu"
     seconds = {"imports": time.monotonic() - started}
     model_config = read_model_config(config.model, server.json_model_override_args)
     task = read_task(config.model, model_config, is_embedding=server.is_embedding)
     context = config.facts.context_length
-    exchange = company.join(part_bytes(largest_step(server, model_config, task, context), model_config.hidden_size))
-    backend = open_backend(server.cpu_isa, server.cpu_threads, exchange, company.place, device=device)
+    if on_gpu:
+        backend = open_on_gpu(server, company, gpus)
+    else:
+        part = part_bytes(largest_step(server, model_config, task, context), model_config.hidden_size)
+        backend = open_backend(server.cpu_isa, server.cpu_threads, company.join(part), company.place)
     available = free_memory(device)
     dtype = DTYPES[server.dtype]
     model = build_model(model_config, task, dtype=dtype, backend=backend)
     kv_dtype = dtype if server.kv_cache_dtype == "auto" else DTYPES[server.kv_cache_dtype]
     token_bytes = kv_bytes_per_token(model.held, kv_dtype) // (model_config.num_layers if model.reads_whole else 1)
 
-    def size(host: Needs) -> int:
-        check_fits(host.weight_bytes, host.available)
+    def size(memory: Needs) -> int:
+        check_fits(memory.weight_bytes, memory.available)
         if model.reads_whole:
             return whole_steps(server, context)
-        return pool_size(server, context, host.token_bytes, host.weight_bytes, host.available)
+        return pool_size(server, context, memory.token_bytes, memory.weight_bytes, memory.available)
 
-    slots, needs = company.settle(Needs(model.weight_bytes, token_bytes, available), size)
+    slots, needs = company.settle(Needs(model.weight_bytes, token_bytes, available), size, apart=on_gpu)
     mark = time.monotonic()
     checkpoint = launched_checkpoint(config)
     beat()
@@ -105,9 +111,9 @@ def load_engine(
     program = model.program(cache)
     seconds["pool"] = time.monotonic() - mark
     mark = time.monotonic()
-    graphs = capture_decodes(
-        program, server, running=running, longest=context, free=lambda: free_memory(device), beat=beat
-    )
+    graphs = DecodeGraphs()
+    if task.kind == "generation":
+        graphs = capture_decodes(program, server, running, context, lambda: free_memory(device), beat)
     if graphs.sizes:
         seconds["graphs"] = time.monotonic() - mark
     gc.collect()
@@ -140,11 +146,13 @@ def whole_steps(server: ServerConfig, context: int) -> int:
     return max(budget, context) + (server.max_running_requests or budget)  # prompts of one token come beside the budget
 
 
-def largest_step(server: ServerConfig, config: ModelConfig, task: Task, context: int) -> int:
-    """Most tokens of a step, before the backend has a say in it."""
+def largest_step(
+    server: ServerConfig, config: ModelConfig, task: Task, context: int, largest_chunk: int = LARGEST_CHUNK
+) -> int:
+    """Most tokens of a step. largest_chunk: no `prefill_chunk` of the backend that is to come is larger."""
     if config.encoder is not None or task.pooling != "row" or not (config.causal or task.kind == "generation"):
         return whole_steps(server, context)
-    chunk = LARGEST_CHUNK if server.chunked_prefill_size is None else server.chunked_prefill_size
+    chunk = largest_chunk if server.chunked_prefill_size is None else server.chunked_prefill_size
     budget = server.max_prefill_tokens if chunk < 0 else chunk
     return budget + (server.max_running_requests or MAX_RUNNING)
 

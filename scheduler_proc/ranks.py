@@ -17,7 +17,7 @@ import zmq
 from engine.config import ConfigError, ModelSource, ServerConfig
 from engine.kernels.batch import RaggedBatch
 from engine.kernels.table import Integers, Longs, Program, Rows
-from engine.parallel.group import GroupLostError
+from engine.parallel.group import Group, GroupLostError
 from engine.wire.board import BEATS, Heart
 from engine.wire.sockets import Inbox, Outbox, Receiver, Sender
 from engine.wire.to_worker import (
@@ -29,6 +29,7 @@ from engine.wire.to_worker import (
     Joined,
     Loaded,
     Measured,
+    Meet,
     ReadPart,
     Recorded,
     RecordPart,
@@ -41,10 +42,12 @@ from engine.wire.to_worker import (
     worker_name,
 )
 from scheduler_proc.company import Needs
+from scheduler_proc.gpus import new_store, open_group
 from scheduler_proc.hosts import Hosts, lead, listen_for_hosts
 
 if TYPE_CHECKING:
     from engine.kernels._cpu import Exchange
+    from engine.parallel.distributed import Carrier
 
 logger = logging.getLogger(__name__)
 
@@ -152,13 +155,22 @@ class Ranks:
         )  # fmt: skip
         return found[0]
 
-    def settle(self, own: Needs, size: Callable[[Needs], int]) -> tuple[int, Needs]:
+    def meet(self, carrier: Carrier) -> Group:
+        found: list[Group] = []
+        path = new_store(self.folder) if self.hosts is None else None
+        self.ask(
+            Meet(path, self.patience), Joined,
+            lambda: found.append(open_group(0, self.size, path, self.hosts, carrier, self.patience)),
+        )  # fmt: skip
+        return found[0]
+
+    def settle(self, own: Needs, size: Callable[[Needs], int], *, apart: bool = False) -> tuple[int, Needs]:
         with self._question():
             others = self._hear(Measured)
         every = [own, *(Needs(other.weight_bytes, other.token_bytes, other.available) for other in others)]
-        _, each = self.place
-        hosts = [together(every[start : start + each]) for start in range(0, len(every), each)]
-        slots = min(size(host) for host in hosts)
+        each = 1 if apart else self.place[1]
+        memories = [together(every[start : start + each]) for start in range(0, len(every), each)]
+        slots = min(size(memory) for memory in memories)
         self.tell(Begin(slots))
         return slots, together(every)
 

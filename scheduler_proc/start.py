@@ -16,15 +16,16 @@ from engine.config.environment import switch, time_limit
 from engine.kernels.queued import QueueingProgram
 from engine.parallel.group import GroupLostError
 from engine.wire.board import Heart
-from engine.wire.process import arguments, begin, report_ready
+from engine.wire.process import arguments, begin, leave, report_ready
 from engine.wire.sockets import Inbox, Outbox
 from engine.wire.to_scheduler import ToScheduler
 from engine.wire.to_worker import RANKS, FromWorker, Loaded, ToWorker, worker_name
 from scheduler_proc.answers import Answers
 from scheduler_proc.company import ALONE
+from scheduler_proc.gpus import GPUS, Gpus
 from scheduler_proc.hosts import follow, lines_to_rank_0
 from scheduler_proc.kv_memory import KvMemory
-from scheduler_proc.load import Engine, largest_step, load_engine, longest_request
+from scheduler_proc.load import LARGEST_CHUNK, Engine, largest_step, load_engine, longest_request
 from scheduler_proc.memory import Memory
 from scheduler_proc.planner import Planner, PlannerLimits
 from scheduler_proc.ranks import Bounds, RankedProgram, open_ranks
@@ -43,26 +44,26 @@ logger = logging.getLogger(__name__)
 NAME = "scheduler"
 
 
-def main(started: float) -> None:
+def main(started: float, gpus: Gpus = GPUS) -> None:
     """Load the model, then schedule and compute until ended.
 
-    started: time.monotonic() of the process's first line.
+    started: time.monotonic() of the process's first line. gpus: what `--device cuda` means.
     """
     options = arguments("Tokenmill's scheduler and model worker", rank=True)
     config = begin(options.config, f"scheduler tp{options.rank}")
     try:
         if options.rank:
-            work(config, options.rank, started)
+            work(config, options.rank, started, gpus)
         else:
-            schedule(config, started)
+            schedule(config, started, gpus)
     except (CheckpointError, ConfigError) as error:
         sys.exit(f"error: {error}")
     except (WeightsLostError, GroupLostError) as error:
         logger.critical("Rank %d ends: %s", options.rank, error)
-        sys.exit(1)
+        leave()  # what carries the group would wait for the ranks that are gone
 
 
-def schedule(config: RunConfig, started: float) -> None:
+def schedule(config: RunConfig, started: float, gpus: Gpus = GPUS) -> None:
     """As rank 0, which may be the only one."""
     server = config.server
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -71,7 +72,7 @@ def schedule(config: RunConfig, started: float) -> None:
     ranks = None
     if server.tp_size > 1:
         ranks = open_ranks(context, config.runtime_dir, server, heart)
-    engine = load_engine(config, started=started, beat=heart.beat, company=ranks or ALONE)
+    engine = load_engine(config, started=started, beat=heart.beat, company=ranks or ALONE, gpus=gpus)
     program, loop_settings = engine.program, settings(config, engine, started)
     if ranks is not None:
         ranks.loaded()
@@ -102,7 +103,7 @@ def schedule(config: RunConfig, started: float) -> None:
     scheduler.loop()
 
 
-def work(config: RunConfig, rank: int, started: float) -> None:
+def work(config: RunConfig, rank: int, started: float, gpus: Gpus = GPUS) -> None:
     """As a rank that another one, rank 0, tells what to do."""
     name, server = worker_name(rank), config.server
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -119,7 +120,7 @@ def work(config: RunConfig, rank: int, started: float) -> None:
         inbox = Inbox(context, config.runtime_dir, name, ToWorker)
         outbox = Outbox(context, config.runtime_dir, RANKS)
     line = Line(rank, server.tp_size, inbox, outbox, heart.beat, hosts, server.tp_size // server.nnodes)
-    engine = load_engine(config, started=started, beat=heart.beat, company=line)
+    engine = load_engine(config, started=started, beat=heart.beat, company=line, gpus=gpus)
     weights = Weights(engine.model, engine.checkpoint, config)
     worker = Worker(line, engine.program, weights, recorder(config, engine, rank))
     outbox.send(Loaded(rank))
@@ -129,10 +130,11 @@ def work(config: RunConfig, rank: int, started: float) -> None:
 
 def bounds(config: RunConfig, engine: Engine) -> Bounds:
     model, context = engine.model.config, config.facts.context_length
+    chunk = max(LARGEST_CHUNK, engine.backend.prefill_chunk)
     return Bounds(
         vocabulary=model.vocab_size,
         slots=engine.limits.max_total_num_tokens,
-        tokens=largest_step(config.server, model, engine.task, context),
+        tokens=largest_step(config.server, model, engine.task, context, chunk),
         positions=context,
     )
 

@@ -47,7 +47,6 @@ IGNORED_FLAGS: tuple[tuple[Kind, str], ...] = (
     ("switch", "--disable-priority-preemption"),
     ("int", "--nccl-port"),
     ("int", "--dist-timeout"),
-    ("int", "--base-gpu-id"),
     ("int", "--gpu-id-step"),
     ("switch", "--enable-dp-attention"),
     ("switch", "--disable-custom-all-reduce"),

@@ -186,6 +186,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
             choices=("auto", "cpu", "cuda"),
         ),
     ] = "auto"
+    base_gpu_id: Annotated[
+        int, Flag("GPU of a machine's first rank; each further rank has the next one", minimum=0)
+    ] = 0
     pp_size: Annotated[int, Flag("pipeline-parallel size; only 1", names=("--pp-size", "--pipeline-parallel-size"))] = 1
     dp_size: Annotated[int, Flag("data-parallel size; only 1", names=("--dp-size", "--data-parallel-size"))] = 1
     ep_size: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 Carrier = Literal["nccl", "gloo"]
 
 MOST_DIMENSIONS = 6
+LOOK_SECONDS = 2e-5
+"""Between two looks whether the others have said something."""
 _DTYPES = (
     torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool,
 )  # fmt: skip
@@ -87,10 +90,17 @@ class DistributedGroup:
         return out
 
     def _finish(self, work: Any, *, waits: bool) -> None:
-        """Without `waits` the stream waits, not the process."""
-        done = work.wait(self.patience) if waits else work.wait()
-        if done is False:
-            raise GroupLostError(f"rank {self.rank} of {self.size}: what the others say has not come")
+        """Without `waits` the stream waits, not the process.
+
+        The process looks itself whether it is done: the library's own wait with a limit sleeps a millisecond between
+        two looks on a GPU, and a step has several.
+        """
+        until = time.monotonic() + self.patience.total_seconds()
+        while waits and not work.is_completed():
+            if time.monotonic() > until:
+                raise GroupLostError(f"rank {self.rank} of {self.size}: what the others say has not come")
+            time.sleep(LOOK_SECONDS)
+        work.wait()  # raises what went wrong
 
 
 def open_distributed(
@@ -101,8 +111,8 @@ def open_distributed(
 
     "nccl": on the process's current GPU. Several groups in one store need prefixes (torch.distributed.PrefixStore).
 
-    Raises ValueError for a rank or a number of ranks that cannot be, RuntimeError where torch lacks the backend, and
-    GroupLostError where not all come.
+    Raises ValueError for a rank or a number of ranks that cannot be, NotImplementedError where torch lacks the backend,
+    and GroupLostError where not all come.
     """
     if not 0 <= rank < size:
         raise ValueError(f"rank is {rank}; allowed: 0 to {size - 1}, as there are {size} ranks")
@@ -113,7 +123,7 @@ def open_distributed(
     elif library.is_nccl_available():
         device, open_carrier = torch.device("cuda", torch.cuda.current_device()), _open_nccl
     else:
-        raise RuntimeError("this build of torch has no NCCL")
+        raise NotImplementedError("this build of torch has no NCCL")
     try:
         carried = open_carrier(store, rank, size, wait)
     except RuntimeError as error:

@@ -97,6 +97,13 @@ def fail(error: BaseException) -> NoReturn:
     try:
         # Its words may quote a prompt: they stand in the traceback alone.
         logger.critical("%s: nobody caught it, and this process ends", type(error).__name__, exc_info=error)
+    finally:
+        leave()
+
+
+def leave() -> NoReturn:
+    """End this process here and now, with what it has logged written."""
+    try:
         logging.shutdown()
     finally:
         os._exit(FAILED)

@@ -33,6 +33,17 @@ class Join(msgspec.Struct, frozen=True, array_like=True, tag=True):
     patience: float
 
 
+class Meet(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Open the group of ranks that have a GPU each; answered by `Joined`. path: of the file that is their store; None
+    where they are on several hosts, which have one.
+
+    patience: seconds that ranks wait for one another.
+    """
+
+    path: str | None
+    patience: float
+
+
 class Begin(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """The model of all ranks fits: read the weights, and allocate so many slots. Answered by `Loaded`."""
 
@@ -86,7 +97,7 @@ class RecordPart(msgspec.Struct, frozen=True, array_like=True, tag=True):
     action: Literal["start", "stop", "dump"]
 
 
-ToWorker = Join | Begin | RunStep | RunHead | ReplaceWeights | RevertWeights | ReadPart | RecordPart | Tune
+ToWorker = Join | Meet | Begin | RunStep | RunHead | ReplaceWeights | RevertWeights | ReadPart | RecordPart | Tune
 
 
 class Joined(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -95,7 +106,7 @@ class Joined(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 class Measured(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """What a rank's part needs, told before it is filled: bytes of its weights, and of a token in its KV pool; and what
-    was free on its host."""
+    was free on its host, or on its GPU."""
 
     rank: int
     weight_bytes: int

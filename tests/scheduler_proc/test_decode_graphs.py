@@ -37,7 +37,7 @@ class Capturing:
 def captured(program: Any, running: int = 48, **flags: Any) -> DecodeGraphs:
     free = iter((9_000_000_000, 7_500_000_000))
     server = ServerConfig(model_path="model", **flags)
-    return capture_decodes(program, server, running=running, longest=500, free=lambda: next(free), beat=lambda: None)
+    return capture_decodes(program, server, running, 500, lambda: next(free), lambda: None)
 
 
 @pytest.mark.parametrize(
