@@ -28,7 +28,8 @@ from scheduler_proc.kv_memory import KvMemory
 from scheduler_proc.load import LARGEST_CHUNK, Engine, largest_step, load_engine, longest_request
 from scheduler_proc.memory import Memory
 from scheduler_proc.planner import Planner, PlannerLimits
-from scheduler_proc.ranks import Bounds, RankedProgram, open_ranks
+from scheduler_proc.ranked_program import Bounds, ranked
+from scheduler_proc.ranks import open_ranks
 from scheduler_proc.record_spool import Spool
 from scheduler_proc.recorder import Recorder, recorder_settings
 from scheduler_proc.runner import Runner
@@ -76,12 +77,12 @@ def schedule(config: RunConfig, started: float, gpus: Gpus = GPUS) -> None:
     program, loop_settings = engine.program, settings(config, engine, started)
     if ranks is not None:
         ranks.loaded()
-        program = RankedProgram(program, ranks, bounds(config, engine))
+        program = ranked(program, ranks, bounds(config, engine))
     moved = config.model if config.launched else None
     weights = Weights(engine.model, engine.checkpoint, config, moved=moved, ranks=ranks)
     overlaps = engine.task.kind == "generation" and not server.disable_overlap_schedule
     queueing = program if isinstance(program, QueueingProgram) and overlaps else None
-    divided = ranks is not None and engine.task.kind == "generation"
+    divided = ranks is not None and engine.task.kind == "generation" and not isinstance(program, QueueingProgram)
     scheduler = Scheduler(
         settings=loop_settings,
         planner=Planner(planner_limits(config, engine), memory(config, engine)),

@@ -24,7 +24,8 @@ from engine.kernels.gpu.ring import Ring
 from engine.kernels.kv_cache import KvCache
 from engine.kernels.queued import Draws, Outcome, Scores
 from engine.kernels.table import Doubles, Floats, Integers, Logprobs, Longs, Ops, Pooling, Rows
-from engine.parallel.group import ALONE, Group
+from engine.parallel.division import Part
+from engine.parallel.group import ALONE, DeviceGroup
 
 
 @dataclass(slots=True)
@@ -91,6 +92,8 @@ class GpuProgram:
         if logits is None:
             logits = self._launched(fed(on_device(batch, self.ops.device), sources, self.last), rows)
         tokens, outcome = sample_queued(logits, draws, scores, self.ring)
+        if self.ops.group.size > 1:  # all go on with what rank 0 has sampled
+            tokens = self.ops.group.all_gather(tokens)[0]
         self.last = tokens
         if self.graphs is not None:
             self.last = self.graphs.sampled
@@ -102,8 +105,8 @@ class GpuProgram:
     def capture(
         self, most: int, running: int, longest: int, beat: Callable[[], None] = lambda: None
     ) -> tuple[int, ...]:
-        """See `engine.kernels.queued.CapturingProgram`. There are none where ranks add up within a step."""
-        if not self.machine.has_graphs or self.ops.group.size > 1:
+        """See `engine.kernels.queued.CapturingProgram`."""
+        if not self.machine.has_graphs:
             return ()
         model = Captured(self.step, self.head, self.cache, self.ops)
         self.graphs = capture_decodes(model, self.machine, Ring(self.machine), ladder(most), running, longest, beat)
@@ -148,7 +151,7 @@ class GpuBackend:
     """Kernels on one device: a GPU, or in tests the CPU, where Triton's interpreter runs them."""
 
     device: torch.device
-    group: Group = ALONE
+    group: DeviceGroup = ALONE
     machine: Machine = field(default_factory=HostMachine)
 
     @property
@@ -180,6 +183,14 @@ class GpuBackend:
     ) -> GpuProgram:
         ops = GpuOps(self.device, group=self.group)
         return GpuProgram(step, head, cache, ops, self.machine, Ring(self.machine), pooling)
+
+    def joined_head(self, head: Callable[[Ops, Any], Any], part: Part) -> Callable[[Ops, Any], Any]:
+        """See `engine.kernels.vocabulary.JoinsHeads`."""
+
+        def whole(ops: Ops, rows: Any) -> Any:
+            return cast(GpuOps, ops).whole_vocabulary(head(ops, rows), part.total)
+
+        return whole
 
     @device_errors()
     def best(self, logits: torch.Tensor) -> tuple[Longs, Floats]:
@@ -215,7 +226,7 @@ class GpuBackend:
         return logits.to(self.device)
 
 
-def open_gpu_backend(device: torch.device | str, group: Group = ALONE) -> GpuBackend:
+def open_gpu_backend(device: torch.device | str, group: DeviceGroup = ALONE) -> GpuBackend:
     """The backend on "cuda" or "cuda:N", which becomes the process's current device, or on "cpu" (interpreted).
 
     Raises RuntimeError where torch cannot use that GPU.
