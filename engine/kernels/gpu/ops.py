@@ -84,8 +84,11 @@ class GpuOps:
         return angles.cos() * rotary.factor, angles.sin() * rotary.factor
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """Where x lies, with the room that is behind it."""
-        return x if self.group.size == 1 else x.copy_(self.group.all_reduce(x))
+        """Where x lies, with the room that is behind it. In one kernel behind the gathering: `Group.all_reduce` would
+        take two for each rank."""
+        if self.group.size > 1:
+            self.launch(row_calls.add_up_call(self.group.all_gather(x), x))
+        return x
 
     def embedding(
         self, token_ids: torch.Tensor, weight: DenseMatrix, scale: float = 1.0, first: int = 0
