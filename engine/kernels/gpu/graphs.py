@@ -130,8 +130,9 @@ def capture_decodes(
     Several ranks call this together and get the same sizes: sums are captured with the rest. Raises MemoryError where
     one of several cannot even try a size, as the others then wait for it.
     """
-    contexts = min(max(sizes) * longest, _POOLS * captured.cache.keys.shape[2])
-    inputs = open_inputs(Bounds(max(sizes), contexts), captured.ops.device, ring)
+    most = max(sizes)
+    contexts = max(most, min(most * longest, _POOLS * captured.cache.keys.shape[2]))
+    inputs = open_inputs(Bounds(most, contexts), captured.ops.device, ring)
     sampled = torch.zeros(running, dtype=torch.int64, device=captured.ops.device)
     made: DecodeGraphs | None = None
     for size in sorted(sizes, reverse=True):

@@ -287,6 +287,11 @@ def test_sizes_that_memory_does_not_suffice_for_are_left_out(
     assert not other.run(batch, np.arange(2)).isnan().any()
 
 
+def test_a_pool_smaller_than_a_step_may_be(dense: str, machine: FakeMachine) -> None:
+    program = program_of(dense, backend_of(torch.device("cpu"), machine), pool=3)
+    assert capture(program, 16) == [1, 2, 4, 8, 16]
+
+
 def test_there_are_no_graphs_on_a_processor(dense: str) -> None:
     assert capture(program_of(dense, open_gpu_backend("cpu"))) == []
 
