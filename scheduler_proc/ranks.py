@@ -14,7 +14,8 @@ import numpy as np
 import torch
 import zmq
 
-from engine.config import ConfigError, ModelSource, ServerConfig
+from engine.config import ConfigError, ModelSource, RunConfig
+from engine.config.run import Served
 from engine.kernels.batch import RaggedBatch
 from engine.kernels.table import Integers, Longs, Program, Rows
 from engine.parallel.group import GroupLostError
@@ -211,15 +212,19 @@ def put_together(parts: list[HeldPart], count: int, width: int | None) -> torch.
     return whole
 
 
-def open_ranks(context: zmq.Context[Any], runtime_dir: str, server: ServerConfig, heart: Heart) -> Ranks:
-    """Rank 0's lines to all others. Raises ConfigError where `--dist-init-addr` cannot be had."""
+def open_ranks(context: zmq.Context[Any], config: RunConfig, served: Served, heart: Heart) -> Ranks:
+    """Rank 0's lines to all others. served: what those on other machines are to load.
+
+    Raises ConfigError where `--dist-init-addr` cannot be had.
+    """
+    server, runtime_dir = config.server, config.runtime_dir
     inbox: Inbox[FromWorker] = Inbox(context, runtime_dir, RANKS, FromWorker)
     each = server.tp_size // server.nnodes
     workers: list[Sender[ToWorker]] = [Outbox(context, runtime_dir, worker_name(rank)) for rank in range(1, each)]
     hosts = None
     if server.nnodes > 1:
         hosts = lead(server)
-        workers += listen_for_hosts(hosts, server, context, inbox)
+        workers += listen_for_hosts(hosts, server, context, inbox, served)
         heart.also = hosts.look
     patience = server.watchdog_timeout + PATIENCE_MARGIN
     return Ranks(workers, inbox, Path(runtime_dir), patience, heart.beat, hosts, each)

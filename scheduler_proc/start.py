@@ -13,6 +13,7 @@ import zmq
 from engine.checkpoints.errors import CheckpointError
 from engine.config import ConfigError, RunConfig
 from engine.config.environment import switch, time_limit
+from engine.config.run import Served
 from engine.kernels.queued import QueueingProgram
 from engine.parallel.group import GroupLostError
 from engine.wire.board import Heart
@@ -22,7 +23,7 @@ from engine.wire.to_scheduler import ToScheduler
 from engine.wire.to_worker import RANKS, FromWorker, Loaded, ToWorker, worker_name
 from scheduler_proc.answers import Answers
 from scheduler_proc.company import ALONE
-from scheduler_proc.hosts import follow, lines_to_rank_0
+from scheduler_proc.hosts import follow, lines_to_rank_0, served_there
 from scheduler_proc.kv_memory import KvMemory
 from scheduler_proc.load import Engine, largest_step, load_engine, longest_request
 from scheduler_proc.memory import Memory
@@ -68,15 +69,15 @@ def schedule(config: RunConfig, started: float) -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     inbox: Inbox[ToScheduler] = Inbox(context, config.runtime_dir, NAME, ToScheduler)
     heart = Heart(config.runtime_dir, NAME)
-    ranks = None
+    ranks, moved = None, config.model if config.launched else None
     if server.tp_size > 1:
-        ranks = open_ranks(context, config.runtime_dir, server, heart)
+        served = Served(source=moved, weight_version=server.weight_version)
+        ranks = open_ranks(context, config, served, heart)
     engine = load_engine(config, started=started, beat=heart.beat, company=ranks or ALONE)
     program, loop_settings = engine.program, settings(config, engine, started)
     if ranks is not None:
         ranks.loaded()
         program = RankedProgram(program, ranks, bounds(config, engine))
-    moved = config.model if config.launched else None
     weights = Weights(engine.model, engine.checkpoint, config, moved=moved, ranks=ranks)
     overlaps = engine.task.kind == "generation" and not server.disable_overlap_schedule
     queueing = program if isinstance(program, QueueingProgram) and overlaps else None
@@ -115,6 +116,7 @@ def work(config: RunConfig, rank: int, started: float) -> None:
     outbox: Outbox[FromWorker]
     if hosts is not None and server.node_rank:
         inbox, outbox = lines_to_rank_0(hosts, rank, context, heart.beat)
+        config = served_there(hosts, config)
     else:
         inbox = Inbox(context, config.runtime_dir, name, ToWorker)
         outbox = Outbox(context, config.runtime_dir, RANKS)

@@ -26,9 +26,8 @@ PROMPTS = [[5, 9, 13, 7], [40, 41, 42, 43, 44, 45], [7] * 30]
 FLAGS = ("--dtype", "float32", "--max-total-tokens", "2048", "--cpu-threads", "1", "--skip-tokenizer-init")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+def free_port(host: str = "127.0.0.1") -> int:
+    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         return int(probe.getsockname()[1])
 
 
@@ -56,12 +55,24 @@ def machine(
 
 
 @contextmanager
-def two_machines(model: Path, folder: Path) -> Iterator[tuple[LiveServer, psutil.Process, Path]]:
-    """Machine 0, and the launcher and the log of machine 1."""
-    shared = (*FLAGS, "--tp-size", "2", "--nnodes", "2", "--dist-init-addr", f"127.0.0.1:{free_port()}")
+def two_machines(
+    model: Path, folder: Path, *flags: str, host: str = "127.0.0.1"
+) -> Iterator[tuple[LiveServer, psutil.Process, Path]]:
+    """Machine 0, and the launcher and the log of machine 1. host: where they meet."""
+    meeting = f"{host}:{free_port(host.strip('[]'))}"
+    shared = (*FLAGS, *flags, "--tp-size", "2", "--nnodes", "2", "--dist-init-addr", meeting)
     log = folder / "machine1.log"
     with machine(1, model, shared, log) as second, running_server(*shared, model=model) as server:
         yield server, psutil.Process(second.pid), log
+
+
+def rank_of(machine: psutil.Process) -> psutil.Process:
+    """The one rank that machine 1 computes now. Raises StopIteration where there is none."""
+    return next(
+        one
+        for one in machine.children()
+        if one.status() != psutil.STATUS_ZOMBIE and "scheduler tp1" in " ".join(one.cmdline())
+    )
 
 
 BODY = {
@@ -95,7 +106,7 @@ def test_two_machines_answer_like_one_and_survive_each_other(model: Path, tmp_pa
     with two_machines(model, tmp_path) as (server, machine, log):
         assert answers(server) == wanted
         assert "computes scheduler tp1 for 127.0.0.1:" in log.read_text()
-        next(one for one in machine.children() if "scheduler tp1" in " ".join(one.cmdline())).kill()
+        rank_of(machine).kill()
         assert answers(server) == wanted, "after the death of the other machine's rank"
         psutil.Process(pid_of(server, "scheduler")).send_signal(signal.SIGKILL)
         assert answers(server) == wanted, "after the death of rank 0"
@@ -103,6 +114,24 @@ def test_two_machines_answer_like_one_and_survive_each_other(model: Path, tmp_pa
         while httpx.get(f"{server.url}/health", timeout=10).status_code != 200:
             assert time.monotonic() < until
             time.sleep(0.1)
+
+
+def has_ipv6() -> bool:
+    try:
+        free_port("::1")
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+def test_machines_that_meet_at_an_address_of_ipv6(tmp_path: Path) -> None:
+    model = tiny_llama(tmp_path / "model")
+    with running_server(*FLAGS, model=model) as alone:
+        wanted = answers(alone)
+    with two_machines(model, tmp_path, host="[::1]") as (server, _, log):
+        assert answers(server) == wanted
+        assert "computes scheduler tp1 for [::1]:" in log.read_text()
 
 
 @contextmanager
