@@ -146,6 +146,7 @@ class Ranks:
         return exchange
 
     def _join_hosts(self, hosts: Hosts, part: int) -> Exchange:
+        hosts.gather(self.size - 1)  # who is told to join waits for all others, and not for long
         found: list[Exchange] = []
         self.ask(
             Join(None, part, self.patience), Joined,
@@ -223,7 +224,7 @@ def open_ranks(context: zmq.Context[Any], config: RunConfig, served: Served, hea
     workers: list[Sender[ToWorker]] = [Outbox(context, runtime_dir, worker_name(rank)) for rank in range(1, each)]
     hosts = None
     if server.nnodes > 1:
-        hosts = lead(server)
+        hosts = lead(server, heart.beat)
         workers += listen_for_hosts(hosts, server, context, inbox, served)
         heart.also = hosts.look
     patience = server.watchdog_timeout + PATIENCE_MARGIN

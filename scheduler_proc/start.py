@@ -17,7 +17,7 @@ from engine.config.run import Served
 from engine.kernels.queued import QueueingProgram
 from engine.parallel.group import GroupLostError
 from engine.wire.board import Heart
-from engine.wire.process import arguments, begin, report_ready
+from engine.wire.process import arguments, begin, end_now, report_ready
 from engine.wire.sockets import Inbox, Outbox
 from engine.wire.to_scheduler import ToScheduler
 from engine.wire.to_worker import RANKS, FromWorker, Loaded, ToWorker, worker_name
@@ -60,7 +60,7 @@ def main(started: float) -> None:
         sys.exit(f"error: {error}")
     except (WeightsLostError, GroupLostError) as error:
         logger.critical("Rank %d ends: %s", options.rank, error)
-        sys.exit(1)
+        end_now()  # a thread may wait for what the other ranks will never say
 
 
 def schedule(config: RunConfig, started: float) -> None:
@@ -122,7 +122,7 @@ def work(config: RunConfig, rank: int, started: float) -> None:
         outbox = Outbox(context, config.runtime_dir, RANKS)
     line = Line(rank, server.tp_size, inbox, outbox, heart.beat, hosts, server.tp_size // server.nnodes)
     engine = load_engine(config, started=started, beat=heart.beat, company=line)
-    weights = Weights(engine.model, engine.checkpoint, config)
+    weights = Weights(engine.model, engine.checkpoint, config, beat=heart.beat)
     worker = Worker(line, engine.program, weights, recorder(config, engine, rank))
     outbox.send(Loaded(rank))
     report_ready(context, config, name)

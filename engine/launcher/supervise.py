@@ -253,10 +253,9 @@ def _is_drained(ended: list[Child]) -> bool:
 
 def _kill_hung(tree: Tree) -> None:
     """Kill who shows no sign of life; its death is then dealt with as any other."""
-    if not tree.warm:
-        return
     running = [child for child in tree.children if not child.hung and child.process.poll() is None]
-    for child in tree.watchdog.hung(running, tree.ready):
+    # The first request may take as long as loading does: what it needs is made for it.
+    for child in tree.watchdog.hung(running, tree.ready if tree.warm else ()):
         child.kill_hung()
 
 

@@ -97,6 +97,13 @@ def fail(error: BaseException) -> NoReturn:
     try:
         # Its words may quote a prompt: they stand in the traceback alone.
         logger.critical("%s: nobody caught it, and this process ends", type(error).__name__, exc_info=error)
+    finally:
+        end_now()
+
+
+def end_now() -> NoReturn:
+    """End this process as `fail` does, whose reason has been logged."""
+    try:
         logging.shutdown()
     finally:
         os._exit(FAILED)

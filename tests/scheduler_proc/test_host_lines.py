@@ -44,7 +44,7 @@ def lines(context: Any, address: str, folder: Path) -> tuple[list[Any], dict[str
     server = ServerConfig(tp_size=2, nnodes=2, dist_init_addr=address)
     inbox: Inbox[Any] = Inbox(context, str(folder), "ranks", Tune)
     served = Served(source=None, weight_version="7")
-    return [inbox, *listen_for_hosts(Hosts(store), server, context, inbox, served)], store.values
+    return [inbox, *listen_for_hosts(Hosts(store, lambda: None), server, context, inbox, served)], store.values
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])

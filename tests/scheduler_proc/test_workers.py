@@ -216,9 +216,9 @@ def test_weights_are_replaced_on_all_ranks_or_on_none(tmp_path: Path, monkeypatc
         for broken in (first, *others):
             failing = [broken.model.places]
 
-            def breaks_off(reader: Any, places: Any, failing: list[Any] = failing) -> None:
+            def breaks_off(reader: Any, places: Any, *, progress: Any, failing: list[Any] = failing) -> None:
                 """At its end, once, on one rank."""
-                copy(reader, places)
+                copy(reader, places, progress=progress)
                 if failing and places is failing[0]:
                     failing.clear()
                     raise OSError("the disk is gone")
