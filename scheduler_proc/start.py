@@ -32,7 +32,8 @@ from scheduler_proc.ranks import Bounds, RankedProgram, open_ranks
 from scheduler_proc.record_spool import Spool
 from scheduler_proc.recorder import Recorder, recorder_settings
 from scheduler_proc.runner import Runner
-from scheduler_proc.scheduler import Scheduler, SchedulerSettings
+from scheduler_proc.scheduler import Scheduler
+from scheduler_proc.settings import SchedulerSettings
 from scheduler_proc.statistics import Statistics
 from scheduler_proc.step_memory import StepMemory
 from scheduler_proc.weight_updates import WeightUpdates
