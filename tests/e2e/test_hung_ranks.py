@@ -94,3 +94,18 @@ def test_a_rank_that_hangs_while_it_loads_again(
         second.suspend()
         assert answers(two.server) == wanted[0]
         assert f"scheduler tp1 (pid {second.pid}) hung and was killed" in two.log()
+
+
+@pytest.mark.slow
+def test_rank_0_that_hangs_while_it_serves(checkpoints: tuple[Path, Path], wanted: list[Any], tmp_path: Path) -> None:
+    """The worker begins anew, and does not die again and again until rank 0 is back."""
+    with on_two_machines(checkpoints[0], tmp_path) as two:
+        pid = pid_of_rank(two.server, 0)
+        assert pid is not None
+        first = two.worker()
+        assert first is not None
+        psutil.Process(pid).suspend()
+        assert answers(two.server) == wanted[0]
+        assert f"scheduler tp0 (pid {pid}) hung and was killed" in two.server.log()
+        assert two.other_worker(first).is_running()
+        assert two.log().count("it is started again") <= 2, two.log()
