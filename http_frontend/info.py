@@ -131,15 +131,15 @@ def _rank_state(limits: Limits, startup_seconds: float) -> dict[str, Any]:
             "kvcache": limits.kvcache_gb,
             "startup_available": limits.available_gb,
             "token_capacity": limits.max_total_num_tokens,
-            "graph": {},
+            "graph": {"decode": limits.graph_gb} if limits.graph_sizes else {},
         },
         "load_seconds": limits.load_seconds,
         "startup_time": startup_seconds,
         "world_size": 1,
         "dp_size": 1,
         "attn_dp_size": 1,
-        "decode_cuda_graph_bs": None,
-        "decode_cuda_graph_memory_gb": 0.0,
+        "decode_cuda_graph_bs": list(limits.graph_sizes),
+        "decode_cuda_graph_memory_gb": limits.graph_gb,
     }
 
 

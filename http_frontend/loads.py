@@ -118,7 +118,7 @@ class Loads:
             rank["memory"] = {
                 "weight_gb": round(limits.weight_gb, 3),
                 "kv_cache_gb": round(limits.kvcache_gb, 3),
-                "graph_gb": 0.0,
+                "graph_gb": round(limits.graph_gb, 3),
                 "token_capacity": limits.max_total_num_tokens,
             }
         if "queues" in sections:

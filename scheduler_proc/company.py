@@ -6,14 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from engine.parallel import group
+from engine.parallel.group import DeviceGroup
+
 if TYPE_CHECKING:
     from engine.kernels._cpu import Exchange
+    from engine.parallel.distributed import Carrier
 
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """Bytes of weights, and of one token in the KV pool: of a rank, or of several together; and what was free on their
-    host."""
+    """Bytes of weights, and of one token in the KV pool: of a rank, or of several together; and what was free
+    where they are, on their host or on the rank's GPU."""
 
     weight_bytes: int
     token_bytes: int
@@ -28,12 +32,17 @@ class Company(Protocol):
     def place(self) -> tuple[int, int]: ...
 
     def join(self, part: int) -> Exchange | None:
-        """What parts of `part` bytes are exchanged by; None where there is nobody else. Raises ConfigError."""
+        """What parts of `part` bytes are exchanged by, on CPUs; None where there is nobody else. Raises ConfigError."""
         ...
 
-    def settle(self, own: Needs, size: Callable[[Needs], int]) -> tuple[int, Needs]:
-        """The slots of the KV pool, as rank 0 finds them from what the ranks of each host need together (`size`), and
-        what all need.
+    def meet(self, carrier: Carrier) -> DeviceGroup:
+        """The group of ranks that have a GPU each, this process's current device. Raises ConfigError and
+        GroupLostError."""
+        ...
+
+    def settle(self, own: Needs, size: Callable[[Needs], int], *, apart: bool = False) -> tuple[int, Needs]:
+        """The slots of the KV pool, as rank 0 finds them from what the ranks of each memory need together (`size`), and
+        what all need. apart: each rank has a memory of its own, else those of a host share one.
 
         Raises ConfigError where rank 0's `size` does.
         """
@@ -47,7 +56,10 @@ class Alone:
     def join(self, part: int) -> None:
         return None
 
-    def settle(self, own: Needs, size: Callable[[Needs], int]) -> tuple[int, Needs]:
+    def meet(self, carrier: Carrier) -> DeviceGroup:
+        return group.ALONE
+
+    def settle(self, own: Needs, size: Callable[[Needs], int], *, apart: bool = False) -> tuple[int, Needs]:
         return size(own), own
 
 

@@ -16,9 +16,7 @@ import zmq
 
 from engine.config import ConfigError, ModelSource, RunConfig
 from engine.config.run import Served
-from engine.kernels.batch import RaggedBatch
-from engine.kernels.table import Integers, Longs, Program, Rows
-from engine.parallel.group import GroupLostError
+from engine.parallel.group import DeviceGroup
 from engine.wire.board import BEATS, Heart
 from engine.wire.sockets import Inbox, Outbox, Receiver, Sender
 from engine.wire.to_worker import (
@@ -30,22 +28,23 @@ from engine.wire.to_worker import (
     Joined,
     Loaded,
     Measured,
+    Meet,
     ReadPart,
     Recorded,
     RecordPart,
     Replaced,
     ReplaceWeights,
     RevertWeights,
-    RunHead,
-    RunStep,
     ToWorker,
     worker_name,
 )
 from scheduler_proc.company import Needs
+from scheduler_proc.gpus import new_store, open_group
 from scheduler_proc.hosts import Hosts, lead, listen_for_hosts
 
 if TYPE_CHECKING:
     from engine.kernels._cpu import Exchange
+    from engine.parallel.distributed import Carrier
 
 logger = logging.getLogger(__name__)
 
@@ -154,13 +153,24 @@ class Ranks:
         )  # fmt: skip
         return found[0]
 
-    def settle(self, own: Needs, size: Callable[[Needs], int]) -> tuple[int, Needs]:
+    def meet(self, carrier: Carrier) -> DeviceGroup:
+        found: list[DeviceGroup] = []
+        path = new_store(self.folder) if self.hosts is None else None
+        if self.hosts is not None:
+            self.hosts.gather(self.size - 1)
+        self.ask(
+            Meet(path, self.patience), Joined,
+            lambda: found.append(open_group(0, self.size, path, self.hosts, carrier, self.patience)),
+        )  # fmt: skip
+        return found[0]
+
+    def settle(self, own: Needs, size: Callable[[Needs], int], *, apart: bool = False) -> tuple[int, Needs]:
         with self._question():
             others = self._hear(Measured)
         every = [own, *(Needs(other.weight_bytes, other.token_bytes, other.available) for other in others)]
-        _, each = self.place
-        hosts = [together(every[start : start + each]) for start in range(0, len(every), each)]
-        slots = min(size(host) for host in hosts)
+        each = 1 if apart else self.place[1]
+        memories = [together(every[start : start + each]) for start in range(0, len(every), each)]
+        slots = min(size(memory) for memory in memories)
         self.tell(Begin(slots))
         return slots, together(every)
 
@@ -229,96 +239,3 @@ def open_ranks(context: zmq.Context[Any], config: RunConfig, served: Served, hea
         heart.also = hosts.look
     patience = server.watchdog_timeout + PATIENCE_MARGIN
     return Ranks(workers, inbox, Path(runtime_dir), patience, heart.beat, hosts, each)
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """What a step may hold: ids below `vocabulary`, slots below `slots`, at most `tokens` tokens, positions below
-    `positions`."""
-
-    vocabulary: int
-    slots: int
-    tokens: int
-    positions: int
-
-    def check(self, batch: RaggedBatch, rows: Rows) -> None:
-        """Raise ValueError: what one rank finds out in its step is the end of all of them."""
-        if batch.num_tokens > self.tokens:
-            raise ValueError(f"a step has {batch.num_tokens} tokens; ranks exchange at most {self.tokens}")
-        for name, values, end in (
-            ("token_ids", batch.token_ids.numpy(), self.vocabulary),
-            ("positions", batch.positions.numpy(), self.positions),
-            ("slots", batch.slots.numpy(), self.slots),
-            ("context_slots", batch.context_slots.numpy(), self.slots),
-            ("rows", rows, batch.num_tokens),
-        ):
-            if len(values) and not (values.min() >= 0 and values.max() < end):
-                raise ValueError(
-                    f"{name} of a step reach from {values.min()} to {values.max()}; allowed: 0 to {end - 1}"
-                )
-
-
-@dataclass(slots=True)
-class RankedProgram:
-    """The program of rank 0, which has the others compute with it.
-
-    Once they have been told of a step nothing that goes wrong is this step's alone: what they hold, and how far they
-    have come, is unknown. Raises GroupLostError then, whatever it was (a lack of memory too), and ValueError before.
-    """
-
-    inner: Program
-    ranks: Ranks
-    bounds: Bounds
-
-    def run(self, batch: RaggedBatch, rows: Rows, keep: Longs | None = None) -> torch.Tensor:
-        self.bounds.check(batch, rows)
-        message = run_step(batch, rows, keep)
-        with _together():
-            self.ranks.tell(message)
-            return self.inner.run(batch, rows, keep)
-
-    def logits(self, rows: Rows, keep: Longs | None = None) -> torch.Tensor:
-        message = RunHead(rows.tobytes(), None if keep is None else keep.tobytes())
-        with _together():
-            self.ranks.tell(message)
-            return self.inner.logits(rows, keep)
-
-    def pooled(self) -> torch.Tensor:
-        return self.inner.pooled()
-
-    def routing(self) -> list[Integers]:
-        return self.inner.routing()
-
-    def set_profiling(self, on: bool) -> None:
-        self.inner.set_profiling(on)
-
-    def take_profile(self) -> dict[str, float]:
-        return self.inner.take_profile()
-
-
-@contextmanager
-def _together() -> Iterator[None]:
-    try:
-        yield
-    except GroupLostError:
-        raise
-    except Exception as error:
-        raise GroupLostError(f"rank 0 failed in a step of all ranks: {type(error).__name__}: {error}") from error
-
-
-def run_step(batch: RaggedBatch, rows: Rows, keep: Longs | None) -> RunStep:
-    return RunStep(
-        token_ids=_bytes(batch.token_ids),
-        positions=_bytes(batch.positions),
-        slots=_bytes(batch.slots),
-        query_starts=list(batch.query_starts),
-        context_lengths=list(batch.context_lengths),
-        context_slots=_bytes(batch.context_slots),
-        type_ids=None if batch.type_ids is None else _bytes(batch.type_ids),
-        rows=rows.tobytes(),
-        keep=None if keep is None else keep.tobytes(),
-    )
-
-
-def _bytes(values: torch.Tensor) -> bytes:
-    return values.numpy().tobytes()

@@ -17,18 +17,20 @@ from engine.config.run import Served
 from engine.kernels.queued import QueueingProgram
 from engine.parallel.group import GroupLostError
 from engine.wire.board import Heart
-from engine.wire.process import arguments, begin, end_now, report_ready
+from engine.wire.process import arguments, begin, leave, report_ready
 from engine.wire.sockets import Inbox, Outbox
 from engine.wire.to_scheduler import ToScheduler
 from engine.wire.to_worker import RANKS, FromWorker, Loaded, ToWorker, worker_name
 from scheduler_proc.answers import Answers
 from scheduler_proc.company import ALONE
+from scheduler_proc.gpus import GPUS, Gpus
 from scheduler_proc.hosts import follow, lines_to_rank_0, served_there
 from scheduler_proc.kv_memory import KvMemory
-from scheduler_proc.load import Engine, largest_step, load_engine, longest_request
+from scheduler_proc.load import LARGEST_CHUNK, Engine, largest_step, load_engine, longest_request
 from scheduler_proc.memory import Memory
 from scheduler_proc.planner import Planner, PlannerLimits
-from scheduler_proc.ranks import Bounds, RankedProgram, open_ranks
+from scheduler_proc.ranked_program import Bounds, ranked
+from scheduler_proc.ranks import open_ranks
 from scheduler_proc.record_spool import Spool
 from scheduler_proc.recorder import Recorder, recorder_settings
 from scheduler_proc.runner import Runner
@@ -45,26 +47,26 @@ logger = logging.getLogger(__name__)
 NAME = "scheduler"
 
 
-def main(started: float) -> None:
+def main(started: float, gpus: Gpus = GPUS) -> None:
     """Load the model, then schedule and compute until ended.
 
-    started: time.monotonic() of the process's first line.
+    started: time.monotonic() of the process's first line. gpus: what `--device cuda` means.
     """
     options = arguments("Tokenmill's scheduler and model worker", rank=True)
     config = begin(options.config, f"scheduler tp{options.rank}")
     try:
         if options.rank:
-            work(config, options.rank, started)
+            work(config, options.rank, started, gpus)
         else:
-            schedule(config, started)
+            schedule(config, started, gpus)
     except (CheckpointError, ConfigError) as error:
         sys.exit(f"error: {error}")
     except (WeightsLostError, GroupLostError) as error:
         logger.critical("Rank %d ends: %s", options.rank, error)
-        end_now()  # a thread may wait for what the other ranks will never say
+        leave()  # what carries the group would wait for the ranks that are gone, and so may a thread
 
 
-def schedule(config: RunConfig, started: float) -> None:
+def schedule(config: RunConfig, started: float, gpus: Gpus = GPUS) -> None:
     """As rank 0, which may be the only one."""
     server = config.server
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -74,15 +76,15 @@ def schedule(config: RunConfig, started: float) -> None:
     if server.tp_size > 1:
         served = Served(source=moved, weight_version=server.weight_version)
         ranks = open_ranks(context, config, served, heart)
-    engine = load_engine(config, started=started, beat=heart.beat, company=ranks or ALONE)
+    engine = load_engine(config, started=started, beat=heart.beat, company=ranks or ALONE, gpus=gpus)
     program, loop_settings = engine.program, settings(config, engine, started)
     if ranks is not None:
         ranks.loaded()
-        program = RankedProgram(program, ranks, bounds(config, engine))
+        program = ranked(program, ranks, bounds(config, engine))
     weights = Weights(engine.model, engine.checkpoint, config, moved=moved, ranks=ranks)
     overlaps = engine.task.kind == "generation" and not server.disable_overlap_schedule
     queueing = program if isinstance(program, QueueingProgram) and overlaps else None
-    divided = ranks is not None and engine.task.kind == "generation"
+    divided = ranks is not None and engine.task.kind == "generation" and not isinstance(program, QueueingProgram)
     scheduler = Scheduler(
         settings=loop_settings,
         planner=Planner(planner_limits(config, engine), memory(config, engine)),
@@ -104,7 +106,7 @@ def schedule(config: RunConfig, started: float) -> None:
     scheduler.loop()
 
 
-def work(config: RunConfig, rank: int, started: float) -> None:
+def work(config: RunConfig, rank: int, started: float, gpus: Gpus = GPUS) -> None:
     """As a rank that another one, rank 0, tells what to do."""
     name, server = worker_name(rank), config.server
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -122,7 +124,7 @@ def work(config: RunConfig, rank: int, started: float) -> None:
         inbox = Inbox(context, config.runtime_dir, name, ToWorker)
         outbox = Outbox(context, config.runtime_dir, RANKS)
     line = Line(rank, server.tp_size, inbox, outbox, heart.beat, hosts, server.tp_size // server.nnodes)
-    engine = load_engine(config, started=started, beat=heart.beat, company=line)
+    engine = load_engine(config, started=started, beat=heart.beat, company=line, gpus=gpus)
     weights = Weights(engine.model, engine.checkpoint, config, beat=heart.beat)
     worker = Worker(line, engine.program, weights, recorder(config, engine, rank))
     outbox.send(Loaded(rank))
@@ -132,10 +134,11 @@ def work(config: RunConfig, rank: int, started: float) -> None:
 
 def bounds(config: RunConfig, engine: Engine) -> Bounds:
     model, context = engine.model.config, config.facts.context_length
+    chunk = max(LARGEST_CHUNK, engine.backend.prefill_chunk)
     return Bounds(
         vocabulary=model.vocab_size,
         slots=engine.limits.max_total_num_tokens,
-        tokens=largest_step(config.server, model, engine.task, context),
+        tokens=largest_step(config.server, model, engine.task, context, chunk),
         positions=context,
     )
 
@@ -204,14 +207,14 @@ def report(config: RunConfig, engine: Engine, started: float) -> dict[str, objec
             "kvcache": round(limits.kvcache_gb, 3),
             "startup_available": round(limits.available_gb, 3),
             "token_capacity": limits.max_total_num_tokens,
-            "graph": {},
+            "graph": {"decode": round(limits.graph_gb, 3)} if limits.graph_sizes else {},
         },
         "world_size": config.server.tp_size,
         "startup_time": round(time.monotonic() - started, 3),
         "load_seconds": msgspec.to_builtins(limits.load_seconds),
         "disaggregation_mode": config.server.disaggregation_mode,
-        "decode_cuda_graph_bs": [],
-        "decode_cuda_graph_memory_gb": 0.0,
+        "decode_cuda_graph_bs": list(limits.graph_sizes),
+        "decode_cuda_graph_memory_gb": round(limits.graph_gb, 3),
         "dp_size": 1,
         "attn_dp_size": 1,
     }

@@ -15,7 +15,9 @@ import torch
 
 from engine.config import ConfigError
 from engine.kernels.batch import RaggedBatch, offsets
+from engine.kernels.queued import QueueingProgram
 from engine.kernels.table import Longs, Program
+from engine.parallel.group import DeviceGroup
 from engine.wire.board import BEATS
 from engine.wire.operation import Tune
 from engine.wire.sockets import Receiver, Sender
@@ -25,6 +27,7 @@ from engine.wire.to_worker import (
     Join,
     Joined,
     Measured,
+    Meet,
     ReadPart,
     Recorded,
     RecordPart,
@@ -37,12 +40,14 @@ from engine.wire.to_worker import (
 )
 from engine.wire.tuning import tune
 from scheduler_proc.company import Needs
+from scheduler_proc.gpus import open_group
 from scheduler_proc.hosts import Hosts
 from scheduler_proc.recorder import Recorder, obey
 from scheduler_proc.weights import RefusedUpdateError, Weights
 
 if TYPE_CHECKING:
     from engine.kernels._cpu import Exchange
+    from engine.parallel.distributed import Carrier
 
 logger = logging.getLogger(__name__)
 
@@ -81,8 +86,8 @@ class Line:
     # `scheduler_proc.company.Company`.
 
     def join(self, part: int) -> Exchange:
-        message = self.only()
-        assert isinstance(message, Join), message
+        message = self._asked_to("cpu")
+        assert isinstance(message, Join)
         try:
             from engine.kernels.shared_memory import join_exchange
 
@@ -96,7 +101,25 @@ class Line:
         self.outbox.send(Joined(self.rank))
         return exchange
 
-    def settle(self, own: Needs, size: Callable[[Needs], int]) -> tuple[int, Needs]:
+    def meet(self, carrier: Carrier) -> DeviceGroup:
+        message = self._asked_to("cuda")
+        assert isinstance(message, Meet)
+        group = open_group(self.rank, self.size, message.path, self.hosts, carrier, message.patience)
+        self.outbox.send(Joined(self.rank))
+        return group
+
+    def _asked_to(self, device: str) -> Join | Meet:
+        """Rank 0's first message. Raises ConfigError where it computes on another device than this rank."""
+        message = self.only()
+        assert isinstance(message, Join | Meet), message
+        theirs = "cuda" if isinstance(message, Meet) else "cpu"
+        if theirs != device:
+            raise ConfigError(
+                f"--device is {device!r} for rank {self.rank}, and {theirs!r} for rank 0; all machines need the same"
+            )
+        return message
+
+    def settle(self, own: Needs, size: Callable[[Needs], int], *, apart: bool = False) -> tuple[int, Needs]:
         self.outbox.send(Measured(self.rank, own.weight_bytes, own.token_bytes, own.available))
         message = self.only()
         assert isinstance(message, Begin), message
@@ -120,7 +143,11 @@ class Worker:
         match message:
             case RunStep():
                 batch = ragged_batch(message)
-                self.program.run(batch, _longs(message.rows), _keep(message.keep))
+                if message.sources is None:
+                    self.program.run(batch, _longs(message.rows), _keep(message.keep))
+                else:
+                    assert isinstance(self.program, QueueingProgram), "rank 0 queues a step, and this rank cannot"
+                    self.program.queue(batch, _longs(message.rows), _longs(message.sources), None, None)
                 if self.recorder is not None:
                     self.recorder.note(batch, self.program.routing)
             case RunHead(rows, keep):
@@ -140,7 +167,7 @@ class Worker:
                 self._answer(self.weights.held_part(name, rows, self.line.rank))
             case RecordPart(action):
                 self._answer(Recorded(self.line.rank, obey(self.recorder, action, self.line.rank)))
-            case Join() | Begin():
+            case Join() | Meet() | Begin():
                 raise AssertionError(f"{message} comes while the model is loaded, and now it serves")
 
     def _answer(self, message: FromWorker) -> None:

@@ -36,7 +36,7 @@ def uses(call: Call, calls: list[Call]) -> dict[str, Call]:
     if call.name != "attend":
         return {"": call}
     same = [other for other in calls if build_key(other) == build_key(call)]
-    return {"decode" if other.arguments["part_splits"] else "chunk": other for other in same}
+    return {"decode" if other.arguments["in_parts"] else "chunk": other for other in same}
 
 
 def tile(call: Call) -> str:

@@ -139,12 +139,6 @@ def _check_tls(config: ServerConfig, fields: dict[str, ConfigField]) -> None:
 
 
 def _check_nodes(config: ServerConfig, fields: dict[str, ConfigField]) -> None:
-    if config.device == "cuda" and config.tp_size > 1:
-        raise _refuse(
-            fields["device"],
-            config.device,
-            f"--tp-size is {config.tp_size}, and several ranks run on CPUs alone so far",
-        )
     if config.node_rank >= config.nnodes:
         raise _refuse(fields["node_rank"], config.node_rank, f"of {config.nnodes} machines, 0 to {config.nnodes - 1}")
     if config.nnodes == 1:
@@ -181,6 +175,10 @@ def _without_effect(config: ServerConfig) -> Iterator[str]:
         (
             "--dist-init-addr", config.dist_init_addr, lambda value: value is not None and config.nnodes == 1,
             "one machine needs no rendezvous",
+        ),
+        (
+            "--base-gpu-id", config.base_gpu_id, lambda value: value > 0 and config.device == "cpu",
+            "the model runs on the CPU",
         ),
     )  # fmt: skip
     for flag, value, without_effect, reason in rules:

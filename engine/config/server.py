@@ -186,6 +186,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
             choices=("auto", "cpu", "cuda"),
         ),
     ] = "auto"
+    base_gpu_id: Annotated[
+        int, Flag("GPU of a machine's first rank; each further rank has the next one", minimum=0)
+    ] = 0
     pp_size: Annotated[int, Flag("pipeline-parallel size; only 1", names=("--pp-size", "--pipeline-parallel-size"))] = 1
     dp_size: Annotated[int, Flag("data-parallel size; only 1", names=("--dp-size", "--data-parallel-size"))] = 1
     ep_size: Annotated[
@@ -198,7 +201,21 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     grammar_backend: Annotated[str, Flag("engine of constrained output; not built yet: it is refused")] = "xgrammar"
     random_seed: Annotated[int | None, Flag("seed of the server's own randomness", minimum=0, maximum=2**63 - 1)] = None
     enable_deterministic_inference: Annotated[bool, Flag("accepted: Tokenmill is always deterministic")] = False
-    disable_cuda_graph: Annotated[bool, Flag("accepted: there are no CUDA graphs yet")] = False
+    disable_cuda_graph: Annotated[
+        bool,
+        Flag(
+            "on a GPU, launch decodes kernel by kernel; no effect on a CPU",
+            names=("--disable-cuda-graph", "--disable-decode-cuda-graph"),
+        ),
+    ] = False
+    cuda_graph_max_bs: Annotated[
+        int | None,
+        Flag(
+            "on a GPU, most sequences of a decode that is a CUDA graph; default: as many as may run, at most 256",
+            names=("--cuda-graph-max-bs", "--cuda-graph-max-bs-decode"),
+            minimum=1,
+        ),
+    ] = None
     disable_overlap_schedule: Annotated[
         bool, Flag("on a GPU, plan a step only when the one before has been read; no effect on a CPU")
     ] = False

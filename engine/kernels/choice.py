@@ -1,4 +1,5 @@
-"""Which backend serves: the kernels of the best instruction set that this machine has, unless told otherwise."""
+"""Which backend serves: on a CPU the kernels of the best instruction set that this machine has, unless told otherwise;
+on GPUs that of the rank's own one."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from engine.config.environment import setting
 from engine.kernels.cores import physical_cores, share_of
 from engine.kernels.eager import EagerBackend
 from engine.kernels.table import Backend
+from engine.parallel.group import ALONE, DeviceGroup
 
 if TYPE_CHECKING:
     from engine.kernels._cpu import Exchange
@@ -27,18 +29,14 @@ def open_backend(
     threads: int | None,
     exchange: Exchange | None = None,
     place: tuple[int, int] = (0, 1),
-    *,
-    device: str = "cpu",
 ) -> Backend:
-    """The backend for `--cpu-isa` and `--cpu-threads`, or that of a GPU ("cuda", "cuda:1"), which knows neither.
+    """The backend on a CPU for `--cpu-isa` and `--cpu-threads`.
 
     isa: "auto" asks the environment (TOKENMILL_CPU_ISA), then the processor. threads: None: one for each physical core
     that this process may use. exchange: with the other ranks, if there are any: this one, number place[0] of place[1]
     on this host, then has its share of the threads, and this thread and those it starts keep to its share of the
-    cores. Raises ConfigError, naming what there is, for an ISA or a device that this machine cannot run.
+    cores. Raises ConfigError, naming what there is, for an ISA that this machine cannot run.
     """
-    if device != "cpu":
-        return _gpu(device)
     cores = physical_cores()
     count = threads or len(cores)
     if exchange is not None:
@@ -71,20 +69,37 @@ def open_backend(
     return backend
 
 
-def _gpu(device: str) -> Backend:
-    if torch.device(device).type != "cuda" or not torch.cuda.is_available():
+def take_gpu(first: int, place: tuple[int, int]) -> torch.device:
+    """The GPU of rank number place[0] of place[1] on this host, which becomes the process's current device: number
+    `first` (`--base-gpu-id`) for rank 0, and the next ones for the others.
+
+    Raises ConfigError, naming what there is, where not each of the host's ranks has one.
+    """
+    number, ranks = place
+    if not torch.cuda.is_available():
         raise ConfigError(
-            f"device is {device!r}; torch {torch.__version__} sees no such GPU on this machine; "
+            f"--device is cuda; torch {torch.__version__} sees no such GPU on this machine; "
             "--device cpu serves on its processor"
         )
+    count = torch.cuda.device_count()
+    if first + ranks > count:
+        raise ConfigError(
+            f"--base-gpu-id is {first}, and from that one on each rank of this machine (there are {ranks}) wants a GPU "
+            f"of its own; torch sees {count}: 0 to {count - 1}"
+        )
+    device = torch.device("cuda", first + number)
+    torch.cuda.set_device(device)
+    return device
+
+
+def open_gpu(device: torch.device, group: DeviceGroup = ALONE) -> Backend:
+    """The backend on a GPU, or on "cpu", where Triton's interpreter runs the same kernels. Raises ConfigError without
+    triton."""
     try:
         from engine.kernels.gpu.backend import open_gpu_backend
     except ImportError as error:
-        raise ConfigError(f"device is {device!r}; its kernels need triton: install tokenmill[gpu] ({error})") from None
-    count = torch.cuda.device_count()
-    if (torch.device(device).index or 0) >= count:
-        raise ConfigError(f"device is {device!r}; allowed: cuda:0 to cuda:{count - 1}")
-    return open_gpu_backend(device)
+        raise ConfigError(f"--device is cuda; its kernels need triton: install tokenmill[gpu] ({error})") from None
+    return open_gpu_backend(device, group)
 
 
 def _reference(threads: int, exchange: Exchange | None) -> Backend:

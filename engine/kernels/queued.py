@@ -59,3 +59,18 @@ class QueueingProgram(Protocol):
         the batch has. Returns what waits for the step and gives its outcome.
         """
         ...
+
+
+@runtime_checkable
+class CapturingProgram(Protocol):
+    """A program that can keep steps as graphs, to launch each as one."""
+
+    def capture(
+        self, most: int, running: int, longest: int, beat: Callable[[], None] = lambda: None
+    ) -> tuple[int, ...]:
+        """Prepare for decodes, one token each, of up to `most` sequences. The answers are the same bits without.
+
+        running: most rows that a step samples. longest: most tokens of a sequence. beat: called now and then. Returns
+        the numbers of sequences that there are graphs for, none where there are no graphs.
+        """
+        ...

@@ -3,25 +3,42 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from pathlib import Path
 
-# The driver's, and WSL's.
-_NODES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
+_DEVICES = Path("/dev")
+_DRIVERS = ("nvidiactl", "dxg")
+"""The driver's, and WSL's."""
+_GPU = re.compile(r"nvidia\d+")
 
 
-def served_device(wanted: str, ranks: int) -> str:
-    """ "cuda" or "cpu" for `--device` and `--tp-size`. Several ranks run on CPUs alone so far.
+def served_device(wanted: str, ranks: int, first: int = 0) -> str:
+    """ "cuda" or "cpu" for `--device`, the ranks of this machine and `--base-gpu-id`: each rank wants a GPU of its own.
 
     What only looks like a GPU is found out as the model is loaded; the error then names `--device cpu`.
     """
     if wanted != "auto":
         return wanted
-    return "cuda" if ranks == 1 and _driver() and _torch_for_cuda() and importlib.util.find_spec("triton") else "cpu"
+    served = first + ranks <= gpu_count() and _torch_for_cuda() and importlib.util.find_spec("triton") is not None
+    return "cuda" if served else "cpu"
 
 
-def _driver() -> bool:
-    return any(node.exists() for node in _NODES)
+def gpu_count() -> int:
+    """How many GPUs the processes of this machine may use, as far as the driver's nodes and CUDA_VISIBLE_DEVICES tell;
+    1 where there is a driver that shows no nodes."""
+    count = sum(bool(_GPU.fullmatch(node.name)) for node in _DEVICES.iterdir())
+    if not count and any((_DEVICES / driver).exists() for driver in _DRIVERS):
+        count = 1
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return count
+    named = 0
+    for name in visible.split(","):
+        if name.strip() in ("", "-1"):  # CUDA looks no further
+            break
+        named += 1
+    return min(count, named)
 
 
 def _torch_for_cuda() -> bool:

@@ -130,7 +130,7 @@ def _filled_in(
     config: ServerConfig, model: ModelSource, model_config: ModelConfig, context_length: int
 ) -> ServerConfig:
     bundled = config.model_path is None
-    device = served_device(config.device, config.tp_size)
+    device = served_device(config.device, config.tp_size // config.nnodes, config.base_gpu_id)
     return msgspec.structs.replace(
         config,
         model_path=model.name,

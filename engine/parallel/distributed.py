@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 Carrier = Literal["nccl", "gloo"]
 
 MOST_DIMENSIONS = 6
+LOOK_SECONDS = 2e-5
+"""Between two looks whether the others have said something."""
 _DTYPES = (
     torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool,
 )  # fmt: skip
@@ -26,7 +29,7 @@ _DTYPES = (
 
 @dataclass(frozen=True, eq=False)
 class DistributedGroup:
-    """See `engine.parallel.group.Group`. Results are on `device`, where what is said lies or is moved to.
+    """See `engine.parallel.group.DeviceGroup`. Results are on `device`, where what is said lies or is moved to.
 
     carried: a process group of the library's, which knows nothing of the process's default one. patience: how long a
     call waits for the others.
@@ -35,8 +38,9 @@ class DistributedGroup:
     x and on where in it an entry lies. Of n ranks each receives (n - 1) x bytes; with a ring it were 2 (n - 1) / n.
     For 2 ranks that is the same, for 4 twice and for 8 four times as many.
 
-    With NCCL a sum is only queued, as all of a step is, and a rank that is gone shows at the next gather, which waits
-    for all that is queued: patience must be longer than a step.
+    With NCCL all but `gather` is only queued, as the rest of a step is. A rank that is gone shows to whoever waits for
+    the device: to `gather` after `patience`, which must be longer than a step, and to others never, so that the
+    launcher, who sees it go, has to end them.
     """
 
     rank: int
@@ -46,11 +50,11 @@ class DistributedGroup:
     patience: timedelta
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        if not x.numel():
-            return x
+        return in_order(list(self.all_gather(x))) if x.numel() else x
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         with lost(self):
-            parts = self._all(x.to(self.device).contiguous(), waits=self.device.type == "cpu")
-        return in_order(list(parts))
+            return self._all(x.to(self.device).contiguous(), waits=self.device.type == "cpu")
 
     def gather(self, x: torch.Tensor) -> list[torch.Tensor] | None:
         """Shapes and dtypes first, from all to all, then the elements to rank 0, padded to the most bytes. Waits."""
@@ -87,10 +91,17 @@ class DistributedGroup:
         return out
 
     def _finish(self, work: Any, *, waits: bool) -> None:
-        """Without `waits` the stream waits, not the process."""
-        done = work.wait(self.patience) if waits else work.wait()
-        if done is False:
-            raise GroupLostError(f"rank {self.rank} of {self.size}: what the others say has not come")
+        """Without `waits` the stream waits, not the process.
+
+        The process looks itself whether it is done: the library's own wait with a limit sleeps a millisecond between
+        two looks on a GPU, and a step has several.
+        """
+        until = time.monotonic() + self.patience.total_seconds()
+        while waits and not work.is_completed():
+            if time.monotonic() > until:
+                raise GroupLostError(f"rank {self.rank} of {self.size}: what the others say has not come")
+            time.sleep(LOOK_SECONDS)
+        work.wait()  # raises what went wrong
 
 
 def open_distributed(
@@ -101,8 +112,8 @@ def open_distributed(
 
     "nccl": on the process's current GPU. Several groups in one store need prefixes (torch.distributed.PrefixStore).
 
-    Raises ValueError for a rank or a number of ranks that cannot be, RuntimeError where torch lacks the backend, and
-    GroupLostError where not all come.
+    Raises ValueError for a rank or a number of ranks that cannot be, NotImplementedError where torch lacks the backend,
+    and GroupLostError where not all come.
     """
     if not 0 <= rank < size:
         raise ValueError(f"rank is {rank}; allowed: 0 to {size - 1}, as there are {size} ranks")
@@ -113,7 +124,7 @@ def open_distributed(
     elif library.is_nccl_available():
         device, open_carrier = torch.device("cuda", torch.cuda.current_device()), _open_nccl
     else:
-        raise RuntimeError("this build of torch has no NCCL")
+        raise NotImplementedError("this build of torch has no NCCL")
     try:
         carried = open_carrier(store, rank, size, wait)
     except RuntimeError as error:

@@ -10,7 +10,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
     max_total_num_tokens: KV pool size in tokens. max_req_input_len: longest admissible prompt.
     weight_gb, kvcache_gb, available_gb: memory of the weights, of the KV pool, and what was free at start (10^9 bytes).
-    load_seconds: from the start of the process until it was ready, by phase.
+    load_seconds: from the start of the process until it was ready, by phase. graph_sizes, graph_gb: the numbers of
+    sequences whose decodes are CUDA graphs, and the memory of these.
     """
 
     max_total_num_tokens: int
@@ -21,6 +22,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     kvcache_gb: float
     available_gb: float
     load_seconds: dict[str, float]
+    graph_sizes: tuple[int, ...] = ()
+    graph_gb: float = 0.0
 
 
 class Ready(msgspec.Struct, frozen=True, array_like=True, tag=True):

@@ -98,11 +98,11 @@ def fail(error: BaseException) -> NoReturn:
         # Its words may quote a prompt: they stand in the traceback alone.
         logger.critical("%s: nobody caught it, and this process ends", type(error).__name__, exc_info=error)
     finally:
-        end_now()
+        leave()
 
 
-def end_now() -> NoReturn:
-    """End this process as `fail` does, whose reason has been logged."""
+def leave() -> NoReturn:
+    """End this process here and now, with what it has logged written."""
     try:
         logging.shutdown()
     finally:

@@ -33,6 +33,17 @@ class Join(msgspec.Struct, frozen=True, array_like=True, tag=True):
     patience: float
 
 
+class Meet(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Open the group of ranks that have a GPU each; answered by `Joined`. path: of the file that is their store; None
+    where they are on several hosts, which have one.
+
+    patience: seconds that ranks wait for one another.
+    """
+
+    path: str | None
+    patience: float
+
+
 class Begin(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """The model of all ranks fits: read the weights, and allocate so many slots. Answered by `Loaded`."""
 
@@ -40,7 +51,10 @@ class Begin(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class RunStep(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Compute a step. The fields are those of a `RaggedBatch`, and what `Program.run` takes; tensors as int64 bytes."""
+    """Compute a step. The fields are those of a `RaggedBatch`, and what `Program.run` takes; tensors as int64 bytes.
+
+    sources: for a step that is to be queued, what `QueueingProgram.queue` takes.
+    """
 
     token_ids: bytes
     positions: bytes
@@ -51,6 +65,7 @@ class RunStep(msgspec.Struct, frozen=True, array_like=True, tag=True):
     type_ids: bytes | None
     rows: bytes
     keep: bytes | None
+    sources: bytes | None = None
 
 
 class RunHead(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -86,7 +101,7 @@ class RecordPart(msgspec.Struct, frozen=True, array_like=True, tag=True):
     action: Literal["start", "stop", "dump"]
 
 
-ToWorker = Join | Begin | RunStep | RunHead | ReplaceWeights | RevertWeights | ReadPart | RecordPart | Tune
+ToWorker = Join | Meet | Begin | RunStep | RunHead | ReplaceWeights | RevertWeights | ReadPart | RecordPart | Tune
 
 
 class Joined(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -95,7 +110,7 @@ class Joined(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 class Measured(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """What a rank's part needs, told before it is filled: bytes of its weights, and of a token in its KV pool; and what
-    was free on its host."""
+    was free on its host, or on its GPU."""
 
     rank: int
     weight_bytes: int

@@ -31,7 +31,8 @@ from engine.models.registry import build_model
 from engine.parallel.group import GroupLostError
 from engine.wire.to_worker import FromWorker, HeldPart, RevertWeights, ToWorker
 from scheduler_proc import weights as weights_module
-from scheduler_proc.ranks import Bounds, RankedProgram, Ranks, put_together
+from scheduler_proc.ranked_program import Bounds, RankedProgram
+from scheduler_proc.ranks import Ranks, put_together
 from scheduler_proc.request import new_request
 from scheduler_proc.sampler import sample, wanted_logits
 from scheduler_proc.weights import Checkpoint, RefusedUpdateError, Weights, file_stamps

@@ -1,16 +1,15 @@
-"""Attention's tiles: which there are in a step, and how they are launched."""
+"""Attention's work: which tiles and splits there are in a step, and how they are launched."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 
 from engine.kernels.batch import RaggedBatch
 from engine.kernels.gpu.device import attention as kernels
-from engine.kernels.gpu.launch import Call, as_tensor, parts, power_of_two
+from engine.kernels.gpu.launch import Call, as_tensor, power_of_two
 from engine.kernels.table import Integers
 
 # Context positions that a decode's program sums: 2,048 tokens then keep 8 programs a key head busy, and what a program
@@ -43,69 +42,95 @@ def tile_of(head_dim: int, dtype: torch.dtype) -> Tile:
         return Tile(rows=16, keys=32 if wide == 128 else 16, warps=4 if wide <= 128 else 8, stages=1)
     if wide > 128:
         return Tile(rows=32, keys=32, warps=8, stages=2)
-    return Tile(rows=64, keys=64, warps=8, stages=2)
+    return Tile(rows=64, keys=64, warps=4 if wide <= 32 else 8, stages=2)
 
 
 @dataclass(frozen=True, eq=False)
-class Tiles:
-    """sequences, tokens: int32 [n] on the device, of each tile its sequence and the row of its first token.
+class Work:
+    """What `attend` does: items int32 [n, 3] on the device, of each its sequence, the row of its first token, and its
+    first split. count: int32 [1], how many of them there are; the others are not looked at. programs: that share them.
 
-    splits: of the longest context among decodes, 0 for tiles that fold their splits themselves.
+    decodes: int32 [d, 3], of each decode its sequence, its row, and the item of its first split, as the items are
+    splits of decodes; None for tiles that fold their splits themselves.
     """
 
-    sequences: torch.Tensor
-    tokens: torch.Tensor
-    splits: int
-
-    @property
-    def count(self) -> int:
-        return self.sequences.shape[0]
+    items: torch.Tensor
+    count: torch.Tensor
+    programs: int
+    decodes: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionPlan:
-    """Where the step's sequences lie: int32 [S + 1] on the device. tiles: of decodes and of longer runs, by the
-    number of tokens that a tile holds."""
+    """Where the step's sequences lie: query_starts, context_starts int32 [S + 1], context_slots int64, on the device.
 
-    batch: RaggedBatch
+    decodes: of the sequences with one new token, None where there are none. longer: the others and where their tokens
+    start and stop, int32 [n, 3] on the host. tiles: of these, by the number of tokens that a tile holds.
+    """
+
     query_starts: torch.Tensor
     context_starts: torch.Tensor
+    context_slots: torch.Tensor
     causal: bool
-    tiles: dict[int, tuple[Tiles, Tiles]] = field(default_factory=dict)
+    decodes: Work | None
+    longer: Integers
+    tiles: dict[int, Work] = field(default_factory=dict)
 
 
 def plan_attention(batch: RaggedBatch, *, causal: bool) -> AttentionPlan:
     device = batch.context_slots.device
-    query_starts = as_tensor(batch.query_starts, torch.int32, device)
-    return AttentionPlan(batch, query_starts, as_tensor(batch.context_starts, torch.int32, device), causal)
-
-
-def tiles_of(plan: AttentionPlan, tokens_each: int) -> tuple[Tiles, Tiles]:
-    """Tiles of the sequences with one new token, and of the others."""
-    if tokens_each not in plan.tiles:
-        plan.tiles[tokens_each] = _cut(plan.batch, tokens_each)
-    return plan.tiles[tokens_each]
-
-
-def _cut(batch: RaggedBatch, tokens_each: int) -> tuple[Tiles, Tiles]:
     starts = np.array(batch.query_starts, np.int32)
     counts = np.diff(starts)
-    decodes = np.flatnonzero(counts == 1).astype(np.int32)
-    runs = np.flatnonzero(counts > 1).astype(np.int32)
-    pieces = -(-counts[runs] // tokens_each)
-    sequences = np.repeat(runs, pieces)
-    before = np.arange(len(sequences)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    longest = max((batch.context_lengths[sequence] for sequence in decodes), default=0)
-    device = batch.context_slots.device
-    return (
-        _tiles(decodes, starts[decodes], parts(longest, SPLIT), device),
-        _tiles(sequences, starts[sequences] + before * tokens_each, 0, device),
+    single, longer = (np.flatnonzero(chosen).astype(np.int32) for chosen in (counts == 1, counts > 1))
+    decodes = None
+    if len(single):
+        items, firsts = split_items(single, starts[single], np.array(batch.context_lengths, np.int32)[single])
+        decodes = _work(items, device, np.stack((single, starts[single], firsts), 1))
+    return AttentionPlan(
+        as_tensor(starts, torch.int32, device),
+        as_tensor(batch.context_starts, torch.int32, device),
+        batch.context_slots,
+        causal,
+        decodes,
+        np.stack((longer, starts[longer], starts[longer + 1]), 1),
     )
 
 
-def _tiles(sequences: Integers, tokens: Any, splits: int, device: torch.device) -> Tiles:
-    both = as_tensor(np.stack((sequences, tokens.astype(np.int32))), torch.int32, device)
-    return Tiles(both[0], both[1], splits)
+def split_items(sequences: Integers, rows: Integers, lengths: Integers) -> tuple[Integers, Integers]:
+    """The splits of some decodes as items, int32 [n, 3], and which of them is the first of each, int32 [d]."""
+    splits = -(-lengths // SPLIT)
+    items, firsts = _repeated(splits, sequences, rows)
+    return items, firsts
+
+
+def tiles_of(plan: AttentionPlan, tokens_each: int) -> Work | None:
+    """Tiles of the sequences with more than one new token."""
+    if not len(plan.longer):
+        return None
+    if tokens_each not in plan.tiles:
+        sequences, starts, stops = plan.longer.T
+        items, _ = _repeated(-(-(stops - starts) // tokens_each), sequences, starts)
+        items[:, 1] += items[:, 2] * tokens_each
+        items[:, 2] = 0
+        plan.tiles[tokens_each] = _work(items, plan.context_slots.device)
+    return plan.tiles[tokens_each]
+
+
+def _repeated(times: Integers, sequences: Integers, rows: Integers) -> tuple[Integers, Integers]:
+    """Each sequence and row so many times, numbered from 0: int32 [n, 3]; and where each starts."""
+    firsts = (np.cumsum(times) - times).astype(np.int32)
+    owners = np.repeat(np.arange(len(times)), times)
+    numbers = np.arange(len(owners), dtype=np.int32) - firsts[owners]
+    return np.stack((sequences[owners], rows[owners], numbers), 1), firsts
+
+
+def _work(items: Integers, device: torch.device, decodes: Integers | None = None) -> Work:
+    """In one copy."""
+    count = len(items)
+    parts = [np.array([count]), items.ravel(), *([] if decodes is None else [decodes.ravel()])]
+    there = as_tensor(np.concatenate(parts), torch.int32, device)
+    listed = None if decodes is None else there[1 + 3 * count :].view(-1, 3)
+    return Work(there[1 : 1 + 3 * count].view(-1, 3), there[:1], count, listed)
 
 
 def attention_calls(
@@ -126,9 +151,9 @@ def attention_calls(
     if group > tile.rows:
         raise ValueError(f"{group} query heads share a key head; at most {tile.rows} may for heads of {dim} channels")
     calls = []
-    for tiles in tiles_of(plan, tile.rows // group):
-        if tiles.count:
-            calls += _calls(queries, keys, values, scale, window, plan, tiles, tile, output)
+    for work in (plan.decodes, tiles_of(plan, tile.rows // group)):
+        if work is not None:
+            calls += _calls(queries, keys, values, scale, window, plan, work, tile, output)
     return calls
 
 
@@ -139,7 +164,7 @@ def _calls(
     scale: float,
     window: int | None,
     plan: AttentionPlan,
-    tiles: Tiles,
+    work: Work,
     tile: Tile,
     output: torch.Tensor,
 ) -> list[Call]:
@@ -148,23 +173,23 @@ def _calls(
         "HEADS": heads, "GROUP": query_heads // heads, "DIM": dim, "BLOCK_DIM": max(16, power_of_two(dim)),
         "SPLIT": SPLIT, "CAUSAL": plan.causal,
     }  # fmt: skip
-    places = tiles.count * tiles.splits * query_heads
+    places = 0 if work.decodes is None else len(work.items) * query_heads
     shared = {
         "part_totals": torch.empty((places, dim), dtype=torch.float32, device=queries.device),
         "part_peaks": torch.empty((places, 2), dtype=torch.float32, device=queries.device),
-        "query_starts": plan.query_starts, "context_starts": plan.context_starts,
-        "tile_sequences": tiles.sequences, "tile_tokens": tiles.tokens, "output": output,
-        "window": EVERYTHING if window is None else window, "part_splits": tiles.splits,
+        "query_starts": plan.query_starts, "context_starts": plan.context_starts, "output": output,
+        "window": EVERYTHING if window is None else window,
     }  # fmt: skip
     own = {
-        "queries": queries, "keys": keys, "values": values, "context_slots": plan.batch.context_slots,
-        "scale": scale * LOG2_E, "head_stride": keys.stride(0),
-        "splits_each": 1 if tiles.splits else EVERYTHING // SPLIT,
+        "queries": queries, "keys": keys, "values": values, "context_slots": plan.context_slots,
+        "items": work.items, "item_count": work.count, "scale": scale * LOG2_E, "head_stride": keys.stride(0),
+        "splits_each": EVERYTHING // SPLIT if work.decodes is None else 1, "in_parts": int(work.decodes is not None),
     }  # fmt: skip
     tile_shape = {"ROWS": tile.rows, "BLOCK_KEYS": tile.keys}
-    grid = (tiles.count, heads, max(1, tiles.splits))
+    grid = (work.programs, heads, 1)
     calls = [Call(kernels.attend, grid, shared | own, shape | tile_shape, tile.warps, tile.stages)]
-    if tiles.splits:
-        rows = {"ROWS": power_of_two(query_heads // heads)}
-        calls.append(Call(kernels.merge, (tiles.count, heads, 1), shared, shape | rows, warps=1, stages=3))
+    if work.decodes is not None:
+        rows, count = {"ROWS": power_of_two(query_heads // heads)}, len(work.decodes)
+        arguments = shared | {"decodes": work.decodes}
+        calls.append(Call(kernels.merge, (count, heads, 1), arguments, shape | rows, warps=1, stages=3))
     return calls

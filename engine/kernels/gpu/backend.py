@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -14,26 +14,34 @@ from engine.kernels.batch import RaggedBatch
 from engine.kernels.dense import DenseMatrix
 from engine.kernels.gpu import sampling
 from engine.kernels.gpu.errors import device_errors
+from engine.kernels.gpu.graphs import Captured, DecodeGraphs, capture_decodes, ladder
 from engine.kernels.gpu.launch import as_tensor
+from engine.kernels.gpu.machine import HostMachine, Machine, open_machine
 from engine.kernels.gpu.ops import GpuOps
 from engine.kernels.gpu.products import gpu_matrix, make_products_exact
 from engine.kernels.gpu.queueing import fed, sample_queued
+from engine.kernels.gpu.ring import Ring
 from engine.kernels.kv_cache import KvCache
 from engine.kernels.queued import Draws, Outcome, Scores
 from engine.kernels.table import Doubles, Floats, Integers, Logprobs, Longs, Ops, Pooling, Rows
-from engine.parallel.group import ALONE, Group
+from engine.parallel.division import Part
+from engine.parallel.group import ALONE, DeviceGroup
 
 
 @dataclass(slots=True)
 class GpuProgram:
-    """batch, hidden: of the last step, on the device. rows: what the head was last given. last: what
-    the step queued last has sampled, int64 [R] on the device."""
+    """batch, hidden: of the last step, hidden states on the device. rows: what the head was last given. last: what
+    the step queued last has sampled, int64 on the device. graphs: of decodes, once they are captured. ring: for what
+    steps copy."""
 
     step: Callable[[Ops, RaggedBatch, KvCache], Any]
     head: Callable[[Ops, Any], Any]
     cache: KvCache
     ops: GpuOps
+    machine: Machine
+    ring: Ring
     pooling: Pooling = "row"
+    graphs: DecodeGraphs | None = None
     batch: RaggedBatch | None = None
     hidden: torch.Tensor | None = None
     rows: torch.Tensor | None = None
@@ -43,9 +51,26 @@ class GpuProgram:
     @torch.inference_mode()
     def run(self, batch: RaggedBatch, rows: Rows, keep: Longs | None = None) -> torch.Tensor:
         """Queues the step and its head; nothing waits for the GPU."""
+        found = self._replayed(batch, rows, np.full(batch.num_tokens, -1))
+        return self._launched(on_device(batch, self.ops.device), rows) if found is None else found
+
+    def _replayed(self, batch: RaggedBatch, rows: Rows, sources: Longs) -> torch.Tensor | None:
+        """The logits of a step that there is a graph for."""
+        if self.graphs is None:
+            return None
+        graph = self.graphs.replay(batch, rows, sources)
+        if graph is None:
+            return None
+        count = batch.num_sequences
+        self.batch, self.hidden = batch, self.graphs.hidden[:count]
+        self.rows, self.ops.routed = self.hidden, [ids[:count] for ids in graph.routed]
+        return self.graphs.logits[:count]
+
+    def _launched(self, batch: RaggedBatch, rows: Rows) -> torch.Tensor:
+        """Those of a step on the device, launched kernel by kernel."""
         self.ops.routed = []
-        self.batch = on_device(batch, self.ops.device)
-        self.hidden = self.step(cast(Ops, self.ops), self.batch, self.cache)
+        self.batch = batch
+        self.hidden = self.step(cast(Ops, self.ops), batch, self.cache)
         return self.logits(rows)
 
     @device_errors()
@@ -63,9 +88,29 @@ class GpuProgram:
         self, batch: RaggedBatch, rows: Rows, sources: Longs, draws: Draws | None, scores: Scores | None
     ) -> Callable[[], Outcome]:
         """See `engine.kernels.queued`."""
-        logits = self.run(fed(on_device(batch, self.ops.device), sources, self.last), rows)
-        self.last, outcome = sample_queued(logits, draws, scores)
+        logits = self._replayed(batch, rows, sources)
+        if logits is None:
+            logits = self._launched(fed(on_device(batch, self.ops.device), sources, self.last), rows)
+        tokens, outcome = sample_queued(logits, draws, scores, self.ring)
+        if self.ops.group.size > 1:  # all go on with what rank 0 has sampled
+            tokens = self.ops.group.all_gather(tokens)[0]
+        self.last = tokens
+        if self.graphs is not None:
+            self.last = self.graphs.sampled
+            self.last[: len(tokens)].copy_(tokens)
         return outcome
+
+    @device_errors()
+    @torch.inference_mode()
+    def capture(
+        self, most: int, running: int, longest: int, beat: Callable[[], None] = lambda: None
+    ) -> tuple[int, ...]:
+        """See `engine.kernels.queued.CapturingProgram`."""
+        if not self.machine.has_graphs:
+            return ()
+        model = Captured(self.step, self.head, self.cache, self.ops)
+        self.graphs = capture_decodes(model, self.machine, Ring(self.machine), ladder(most), running, longest, beat)
+        return () if self.graphs is None else self.graphs.sizes
 
     def pooled(self) -> torch.Tensor:
         assert self.rows is not None, "pooled rows are asked for before a step was run"
@@ -106,7 +151,8 @@ class GpuBackend:
     """Kernels on one device: a GPU, or in tests the CPU, where Triton's interpreter runs them."""
 
     device: torch.device
-    group: Group = ALONE
+    group: DeviceGroup = ALONE
+    machine: Machine = field(default_factory=HostMachine)
 
     @property
     def name(self) -> str:
@@ -135,7 +181,16 @@ class GpuBackend:
         dtype: torch.dtype,
         pooling: Pooling = "row",
     ) -> GpuProgram:
-        return GpuProgram(step, head, cache, GpuOps(self.device, group=self.group), pooling)
+        ops = GpuOps(self.device, group=self.group)
+        return GpuProgram(step, head, cache, ops, self.machine, Ring(self.machine), pooling)
+
+    def joined_head(self, head: Callable[[Ops, Any], Any], part: Part) -> Callable[[Ops, Any], Any]:
+        """See `engine.kernels.vocabulary.JoinsHeads`."""
+
+        def whole(ops: Ops, rows: Any) -> Any:
+            return cast(GpuOps, ops).whole_vocabulary(head(ops, rows), part.total)
+
+        return whole
 
     @device_errors()
     def best(self, logits: torch.Tensor) -> tuple[Longs, Floats]:
@@ -171,7 +226,7 @@ class GpuBackend:
         return logits.to(self.device)
 
 
-def open_gpu_backend(device: torch.device | str, group: Group = ALONE) -> GpuBackend:
+def open_gpu_backend(device: torch.device | str, group: DeviceGroup = ALONE) -> GpuBackend:
     """The backend on "cuda" or "cuda:N", which becomes the process's current device, or on "cpu" (interpreted).
 
     Raises RuntimeError where torch cannot use that GPU.
@@ -182,4 +237,4 @@ def open_gpu_backend(device: torch.device | str, group: Group = ALONE) -> GpuBac
         if chosen.index is None:
             chosen = torch.device("cuda", torch.cuda.current_device())
         torch.cuda.set_device(chosen)
-    return GpuBackend(chosen, group)
+    return GpuBackend(chosen, group, open_machine(chosen))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import methodcaller
 
 import torch
 
@@ -27,7 +28,8 @@ from engine.kernels.gpu.experts import (
 from engine.kernels.gpu.launch import Call, as_tensor
 from engine.kernels.gpu.products import head_product, padded_empty, product
 from engine.kernels.table import Activation, MoeWeights, Pooling, RotaryFrequencies, Rows, SharedExpert
-from engine.parallel.group import ALONE, Group
+from engine.parallel.division import even_parts
+from engine.parallel.group import ALONE, DeviceGroup
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
 
@@ -50,14 +52,17 @@ class GpuOps:
     routed: what each mixture of experts of the step has chosen, int32 [T, top_k].
 
     inverses, tables: the rotaries' frequencies and the experts' addresses on the device, made when first needed.
+
+    plan: attention's, where it does not follow from the step's batch.
     """
 
     device: torch.device
-    launch: Callable[[Call], None] = Call.run
-    group: Group = ALONE
+    launch: Callable[[Call], None] = methodcaller("run")
+    group: DeviceGroup = ALONE
     routed: list[torch.Tensor] = field(default_factory=list)
     inverses: dict[int, tuple[RotaryFrequencies, torch.Tensor]] = field(default_factory=dict)
     tables: dict[int, tuple[MoeWeights, ExpertTable]] = field(default_factory=dict)
+    plan: AttentionPlan | None = None
 
     def begin_step(
         self,
@@ -69,7 +74,7 @@ class GpuOps:
         causal: bool = True,
     ) -> StepContext:
         rotations = tuple(self._rotation(batch.positions, rotary) for rotary in rotaries)
-        return StepContext(rotations, batch.slots, plan_attention(batch, causal=causal))
+        return StepContext(rotations, batch.slots, self.plan or plan_attention(batch, causal=causal))
 
     def _rotation(self, positions: torch.Tensor, rotary: RotaryFrequencies) -> Rotation:
         """By torch, whose cosine holds for large angles too; a GPU's quick one does not."""
@@ -193,6 +198,13 @@ class GpuOps:
         if weight.offset is not None:
             self.launch(row_calls.finish_call(out, weight.offset, "identity"))
         return out
+
+    def whole_vocabulary(self, logits: torch.Tensor, total: int) -> torch.Tensor:
+        """The logits of each rank's part of the vocabulary [R, part] side by side → [R, total], on every rank."""
+        widths = [part.size for part in even_parts(total, self.group.size)]
+        room = max(widths) - logits.shape[1]
+        every = self.group.all_gather(torch.nn.functional.pad(logits, (0, room)) if room else logits)
+        return torch.cat([rows[:, :width] for rows, width in zip(every, widths, strict=True)], 1)
 
     def vectors(self, rows: torch.Tensor) -> torch.Tensor:
         return rows.to(torch.float32)

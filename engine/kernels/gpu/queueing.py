@@ -9,9 +9,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from engine.kernels.batch import RaggedBatch
+from engine.kernels.batch import RaggedBatch, offsets
 from engine.kernels.gpu.errors import device_errors
 from engine.kernels.gpu.launch import as_tensor
+from engine.kernels.gpu.ring import Ring, aligned, piece
 from engine.kernels.gpu.sampling import best_on_device, check, locate_call, ranks, scored_on_device
 from engine.kernels.queued import Draws, Outcome, Scores
 from engine.kernels.table import Logprobs, Longs
@@ -27,7 +28,7 @@ def fed(batch: RaggedBatch, sources: Longs, last: torch.Tensor | None) -> Ragged
 
 
 def sample_queued(
-    logits: torch.Tensor, draws: Draws | None, scores: Scores | None
+    logits: torch.Tensor, draws: Draws | None, scores: Scores | None, ring: Ring
 ) -> tuple[torch.Tensor, Callable[[], Outcome]]:
     """Queue the sampling of logits, float32 [R, V] on the device, which may be overwritten after that.
 
@@ -47,7 +48,7 @@ def sample_queued(
             logits, peaks, scores.rows, scores.temperatures, chosen, tops, scores.id_counts, scores.ids
         )
     parts = None if scores is None or tops is None else (len(scores.rows), int(tops.sum()))
-    return tokens, _to_host(results, width, parts)
+    return tokens, _to_host(results, width, parts, ring)
 
 
 def _drawn(logits: torch.Tensor, best: torch.Tensor, peaks: torch.Tensor, draws: Draws) -> torch.Tensor:
@@ -81,23 +82,23 @@ def _drawn(logits: torch.Tensor, best: torch.Tensor, peaks: torch.Tensor, draws:
     return tokens
 
 
-def _to_host(results: list[torch.Tensor], width: int, parts: tuple[int, int] | None) -> Callable[[], Outcome]:
+def _to_host(
+    results: list[torch.Tensor], width: int, parts: tuple[int, int] | None, ring: Ring
+) -> Callable[[], Outcome]:
     """parts: how many rows logprobs were asked for, and how many most likely ids; None: no logprobs were."""
-    event = None
-    if results[0].device.type == "cuda":
-        host = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in results]
-        for target, tensor in zip(host, results, strict=True):
-            target.copy_(tensor, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-    else:
-        host = [tensor.clone() for tensor in results]
+    starts = offsets(tuple(aligned(tensor.nbytes) for tensor in results))
+    slot = ring.take(starts[-1])
+    lap, host = slot.lap, []
+    for start, tensor in zip(starts, results, strict=False):
+        host.append(piece(slot.buffer, start, tuple(tensor.shape), tensor.dtype))
+        host[-1].copy_(tensor, non_blocking=True)
+    slot.done.record()
 
     def outcome() -> Outcome:
-        if event is not None:
-            with device_errors():
-                event.synchronize()
-        made = [tensor.numpy() for tensor in host]
+        assert slot.lap == lap, "an outcome is read after its buffer was given to another step"
+        with device_errors():
+            slot.done.synchronize()
+        made = [tensor.numpy().copy() for tensor in host]
         found = None
         if parts is not None:
             (values, most_likely), (rows, tops) = made[2:], parts

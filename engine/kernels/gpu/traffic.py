@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from engine.kernels.gpu.attention import SPLIT
 from engine.kernels.gpu.launch import Call, parts
 
 
@@ -47,18 +48,21 @@ def _rotary(call: Call, context: int) -> tuple[int, int]:
 
 
 def _attend(call: Call, context: int) -> tuple[int, int]:
-    """Each tile reads the keys and values that its sequence has; once for a sequence would do. One sequence's chunk."""
-    decodes = call.arguments["part_splits"] > 0
+    """Each tile reads the keys and values that its sequence has; once for a sequence would do. One sequence's chunk, or
+    decodes, whose splits share the reading."""
+    decodes = call.arguments["in_parts"] > 0
     seen = context if call.constants["CAUSAL"] or not decodes else 1
     keys = call.arguments["keys"]
     read = 2 * seen * call.constants["DIM"] * keys.itemsize * call.constants["HEADS"]
     row = call.constants["HEADS"] * call.constants["GROUP"] * call.constants["DIM"] * keys.itemsize
-    tokens = call.grid[0] if decodes else call.grid[0] * (call.constants["ROWS"] // call.constants["GROUP"])
-    sequences = call.grid[0] if decodes else 1
+    items = len(call.arguments["items"])
+    readers = items // parts(seen, SPLIT) if decodes else items
+    tokens = readers if decodes else items * (call.constants["ROWS"] // call.constants["GROUP"])
+    sequences = readers if decodes else 1
     fewest = tokens * row + sequences * (read + seen * 8) + (0 if decodes else tokens * row)
     left = _size(call, "part_totals", "part_peaks")
     slots = seen * 8 * call.constants["HEADS"]
-    return tokens * row * (1 if decodes else 2) + left + call.grid[0] * (read + slots), fewest + left
+    return tokens * row * (1 if decodes else 2) + left + readers * (read + slots), fewest + left
 
 
 def _merge(call: Call, context: int) -> tuple[int, int]:

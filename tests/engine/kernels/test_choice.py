@@ -15,7 +15,7 @@ from backends import ISAS
 import engine.kernels
 from engine.config import ConfigError
 from engine.kernels import cores
-from engine.kernels.choice import open_backend
+from engine.kernels.choice import open_backend, take_gpu
 from engine.kernels.cpu import CpuBackend
 from engine.kernels.eager import EagerBackend
 
@@ -43,9 +43,20 @@ def test_the_best_isa_serves_unless_told_otherwise(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_refused_by_name() -> None:
-    for device in ("cuda", "cuda:1", "mps"):
-        with pytest.raises(ConfigError, match=f"device is '{device}'; torch .* sees no such GPU on this machine"):
-            open_backend("auto", None, device=device)
+    with pytest.raises(ConfigError, match=r"--device is cuda; torch .* sees no such GPU on this machine"):
+        take_gpu(0, (0, 1))
+
+
+def test_each_rank_of_a_machine_takes_the_next_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    found = [take_gpu(first, (number, 2)) for first in (0, 2) for number in (0, 1)]
+    assert found == taken == [torch.device("cuda", index) for index in range(4)]
+    for first, place in ((3, (0, 2)), (0, (4, 5)), (4, (0, 1))):
+        with pytest.raises(ConfigError, match=f"--base-gpu-id is {first}, .*{place[1]}.* wants a GPU .* 4: 0 to 3"):
+            take_gpu(first, place)
 
 
 def test_what_cannot_be_run_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

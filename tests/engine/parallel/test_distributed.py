@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -117,6 +118,18 @@ def test_a_rank_that_is_gone(size: int, tmp_path: Path) -> None:
 def test_a_rank_that_never_comes(tmp_path: Path) -> None:
     with pytest.raises(GroupLostError, match="rank 0 of 2"):
         open_distributed(0, 2, FileStore(str(tmp_path / "store"), 2), "gloo", 0.5)
+
+
+def test_a_rank_that_says_nothing() -> None:
+    """It is there and hangs, which only the time tells."""
+    store = HashStore()
+    with ThreadPoolExecutor(2) as pool:
+        groups = list(pool.map(lambda rank: open_distributed(rank, 2, store, "gloo", 0.5), (0, 1)))
+    for ask in (groups[0].all_reduce, groups[0].gather):
+        with pytest.raises(GroupLostError, match="rank 0 of 2"):
+            ask(torch.ones(4))
+    for group in groups:
+        group.close()
 
 
 def test_what_is_not_gathered() -> None:

@@ -1,10 +1,10 @@
 """Attention over the paged pool: one kernel for prefill and decode, and one that merges the parts of a decode.
 
-A program has one tile: some new tokens of one sequence with all query heads of one key head, packed as rows. It goes
-over the context in blocks of keys at multiples of BLOCK_KEYS, which are summed within splits at multiples of SPLIT,
-which are folded in order. What a row skips or masks adds exact zeros, so its result depends only on what it sees.
+A tile is some new tokens of one sequence with all query heads of one key head, packed as rows. It goes over the context
+in blocks of keys at multiples of BLOCK_KEYS, which are summed within splits at multiples of SPLIT, which are folded in
+order. What a row skips or masks adds exact zeros, so its result depends only on what it sees.
 
-In a prefill, one program folds all splits. In a decode each split has a program of its own that leaves its sums in
+In a prefill, an item of work is a tile, with all its splits. In a decode each split is an item that leaves its sums in
 memory, and `merge` folds them by the same function. Products of float32 are of float32 ("ieee"), not of tf32.
 """
 
@@ -38,24 +38,29 @@ def seen_by(first, last, shift, length, window, CAUSAL: tl.constexpr):
     return low, high
 
 
-@triton.jit(do_not_specialize=["window", "splits_each", "part_splits"])
+@triton.jit(do_not_specialize=["window", "splits_each", "in_parts"])
 def attend(
-    queries, keys, values, context_slots, query_starts, context_starts, tile_sequences, tile_tokens,
-    output, part_totals, part_peaks, scale, window, head_stride, splits_each, part_splits,
+    queries, keys, values, context_slots, query_starts, context_starts, items, item_count,
+    output, part_totals, part_peaks, scale, window, head_stride, splits_each, in_parts,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr, SPLIT: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    tile, head, section = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    sequence = tl.load(tile_sequences + tile)
-    first = tl.load(tile_tokens + tile)
+    """items: [n, 3], of each its sequence, its first token, and the first of its `splits_each` splits. There may
+    be more programs than items."""
+    item, head = tl.program_id(0), tl.program_id(1)
+    if item >= tl.load(item_count):
+        return
+    sequence = tl.load(items + item * 3)
+    first = tl.load(items + item * 3 + 1)
+    section = tl.load(items + item * 3 + 2)
     stop = tl.load(query_starts + sequence + 1)
     context = tl.load(context_starts + sequence)
     length = tl.load(context_starts + sequence + 1) - context
     shift = length - stop
     last = tl.minimum(first + ROWS // GROUP, stop)
     low, high = seen_by(first, last, shift, length, window, CAUSAL)
-    split_first = tl.maximum(section * splits_each, low // SPLIT)
-    split_stop = tl.minimum((section + 1) * splits_each, (high + SPLIT - 1) // SPLIT)
+    split_first = tl.maximum(section, low // SPLIT)
+    split_stop = tl.minimum(section + splits_each, (high + SPLIT - 1) // SPLIT)
     if split_first >= split_stop:
         return
 
@@ -67,7 +72,8 @@ def attend(
     channels = tl.arange(0, BLOCK_DIM)
     inside = channels < DIM
     row_offsets = (token.to(tl.int64) * (HEADS * GROUP) + query_head) * DIM
-    q = tl.load(queries + row_offsets[:, None] + channels[None, :], mask=valid[:, None] & inside[None, :], other=0.0)
+    held_rows = valid[:, None] & inside[None, :]
+    q = tl.load(queries + row_offsets[:, None] + channels[None, :], mask=held_rows, other=0.0)
     head_keys = keys + head.to(tl.int64) * head_stride
     head_values = values + head.to(tl.int64) * head_stride
 
@@ -102,30 +108,30 @@ def attend(
             part_peak = highest
         total, weight, peak = fold(total, weight, peak, part_total, part_weight, part_peak)
 
-    if part_splits > 0:
-        part = ((tile * part_splits + section).to(tl.int64) * HEADS * GROUP) + query_head
-        tl.store(part_totals + part[:, None] * DIM + channels[None, :], total, mask=valid[:, None] & inside[None, :])
+    if in_parts > 0:
+        part = (item.to(tl.int64) * HEADS * GROUP) + query_head
+        tl.store(part_totals + part[:, None] * DIM + channels[None, :], total, mask=held_rows)
         tl.store(part_peaks + part * 2, weight, mask=valid)
         tl.store(part_peaks + part * 2 + 1, peak, mask=valid)
     else:
         result = finished(total, weight).to(output.dtype.element_ty)
-        tl.store(output + row_offsets[:, None] + channels[None, :], result, mask=valid[:, None] & inside[None, :])
+        tl.store(output + row_offsets[:, None] + channels[None, :], result, mask=held_rows)
 
 
-@triton.jit(do_not_specialize=["window", "part_splits"])
+@triton.jit(do_not_specialize=["window"])
 def merge(
-    part_totals, part_peaks, query_starts, context_starts, tile_sequences, tile_tokens, output, window, part_splits,
+    part_totals, part_peaks, query_starts, context_starts, decodes, output, window,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ROWS: tl.constexpr,
     SPLIT: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """Fold the splits of a decode's token, for one key head."""
-    tile, head = tl.program_id(0), tl.program_id(1)
-    sequence = tl.load(tile_sequences + tile)
-    token = tl.load(tile_tokens + tile)
+    """Fold the splits of a decode's token, for one key head. decodes: [n, 3], of each its sequence, its token, and the
+    item of its first split. Zeros for a sequence without context, which only fills a batch up."""
+    decode, head = tl.program_id(0), tl.program_id(1)
+    sequence = tl.load(decodes + decode * 3)
+    token = tl.load(decodes + decode * 3 + 1)
+    item = tl.load(decodes + decode * 3 + 2)
     stop = tl.load(query_starts + sequence + 1)
     length = tl.load(context_starts + sequence + 1) - tl.load(context_starts + sequence)
-    if length == 0:
-        return
     low, high = seen_by(token, token + 1, length - stop, length, window, CAUSAL)
     rows = tl.arange(0, ROWS)
     valid = rows < GROUP
@@ -136,7 +142,7 @@ def merge(
     weight = tl.zeros([ROWS], tl.float32)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     for split in range(low // SPLIT, (high + SPLIT - 1) // SPLIT):
-        part = ((tile * part_splits + split).to(tl.int64) * HEADS * GROUP) + query_head
+        part = ((item + split).to(tl.int64) * HEADS * GROUP) + query_head
         part_total = tl.load(part_totals + part[:, None] * DIM + channels[None, :], mask=held, other=0.0)
         part_weight = tl.load(part_peaks + part * 2, mask=valid, other=1.0)
         part_peak = tl.load(part_peaks + part * 2 + 1, mask=valid, other=0.0)

@@ -12,6 +12,8 @@ def rotary_store(
 ):  # fmt: skip
     """HEADS heads of one token. HALF: half the channels that are rotated, 0 for none; cos, sin: [T, HALF].
 
+    slots: -1 for a token that only fills a batch up, and leaves nothing in the pool.
+
     What is normed is rounded before it is rotated, and that before it goes into the pool, as between two ops.
     """
     token = tl.program_id(0).to(tl.int64)
@@ -45,6 +47,8 @@ def rotary_store(
     where = (token * QUERY_HEADS + head)[:, None] * DIM + column[None, :]
     tl.store(queries + where, result, mask=inside & of_query)
     slot = tl.load(slots + token).to(tl.int64)
+    if slot < 0:
+        return
     kv_head = tl.where(head < QUERY_HEADS, 0, (head - QUERY_HEADS) % KV_HEADS).to(tl.int64)
     where = (kv_head * head_stride + slot * DIM)[:, None] + column[None, :]
     tl.store(keys + where, result.to(keys.dtype.element_ty), mask=inside & (of_query == 0) & (of_value == 0))
