@@ -200,7 +200,7 @@ def fill_weights(
 ) -> None:
     """Read the checkpoint into the model, with a progress bar where a person is watching."""
     if config.server.load_format == "dummy":
-        random_weights(model.places, seed=config.server.random_seed or 0)
+        random_weights(model.places, seed=config.server.random_seed or 0, beat=beat)
         return
     reader = open_weights(config.model, model_config, model.task)
     with tqdm(

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 import zmq
 
-from engine.config import ConfigError, ModelSource, ServerConfig
+from engine.config import ConfigError, ModelSource, RunConfig
+from engine.config.run import Served
 from engine.parallel.group import DeviceGroup
 from engine.wire.board import BEATS, Heart
 from engine.wire.sockets import Inbox, Outbox, Receiver, Sender
@@ -144,6 +145,7 @@ class Ranks:
         return exchange
 
     def _join_hosts(self, hosts: Hosts, part: int) -> Exchange:
+        hosts.gather(self.size - 1)  # who is told to join waits for all others, and not for long
         found: list[Exchange] = []
         self.ask(
             Join(None, part, self.patience), Joined,
@@ -154,6 +156,8 @@ class Ranks:
     def meet(self, carrier: Carrier) -> DeviceGroup:
         found: list[DeviceGroup] = []
         path = new_store(self.folder) if self.hosts is None else None
+        if self.hosts is not None:
+            self.hosts.gather(self.size - 1)
         self.ask(
             Meet(path, self.patience), Joined,
             lambda: found.append(open_group(0, self.size, path, self.hosts, carrier, self.patience)),
@@ -219,15 +223,19 @@ def put_together(parts: list[HeldPart], count: int, width: int | None) -> torch.
     return whole
 
 
-def open_ranks(context: zmq.Context[Any], runtime_dir: str, server: ServerConfig, heart: Heart) -> Ranks:
-    """Rank 0's lines to all others. Raises ConfigError where `--dist-init-addr` cannot be had."""
+def open_ranks(context: zmq.Context[Any], config: RunConfig, served: Served, heart: Heart) -> Ranks:
+    """Rank 0's lines to all others. served: what those on other machines are to load.
+
+    Raises ConfigError where `--dist-init-addr` cannot be had.
+    """
+    server, runtime_dir = config.server, config.runtime_dir
     inbox: Inbox[FromWorker] = Inbox(context, runtime_dir, RANKS, FromWorker)
     each = server.tp_size // server.nnodes
     workers: list[Sender[ToWorker]] = [Outbox(context, runtime_dir, worker_name(rank)) for rank in range(1, each)]
     hosts = None
     if server.nnodes > 1:
-        hosts = lead(server)
-        workers += listen_for_hosts(hosts, server, context, inbox)
+        hosts = lead(server, heart.beat)
+        workers += listen_for_hosts(hosts, server, context, inbox, served)
         heart.also = hosts.look
     patience = server.watchdog_timeout + PATIENCE_MARGIN
     return Ranks(workers, inbox, Path(runtime_dir), patience, heart.beat, hosts, each)

@@ -217,9 +217,9 @@ def test_weights_are_replaced_on_all_ranks_or_on_none(tmp_path: Path, monkeypatc
         for broken in (first, *others):
             failing = [broken.model.places]
 
-            def breaks_off(reader: Any, places: Any, failing: list[Any] = failing) -> None:
+            def breaks_off(reader: Any, places: Any, *, progress: Any, failing: list[Any] = failing) -> None:
                 """At its end, once, on one rank."""
-                copy(reader, places)
+                copy(reader, places, progress=progress)
                 if failing and places is failing[0]:
                     failing.clear()
                     raise OSError("the disk is gone")
@@ -233,6 +233,28 @@ def test_weights_are_replaced_on_all_ranks_or_on_none(tmp_path: Path, monkeypatc
         assert outputs(program, divided=True) == after
         assert first.weights.rows(name, 5) == rows
         assert first.weights.rows("no such tensor", 5) is None
+
+
+def test_a_rank_shows_signs_of_life_while_it_copies(tmp_path: Path) -> None:
+    """And ends at once where it finds in doing so that the group is lost, with no try to take the old weights back."""
+    old = tiny_llama(tmp_path / "old")
+    new = upside_down(old, tmp_path / "new")
+    rank = load(old, backend("reference"))
+    weights, beats = rank.weights, [0]
+
+    def beat() -> None:
+        beats[0] += 1
+        if beats[0] == 100:
+            raise GroupLostError("rank 0 is gone")
+
+    weights.beat = beat
+    opened = weights.opened(weights.prepare(str(new), None).checkpoint.source)
+    weights.replace(opened)
+    assert len(rank.model.places) <= beats[0] < 100
+    beats[0] = 98
+    with pytest.raises(GroupLostError, match="rank 0 is gone"):
+        weights.replace(opened)
+    assert beats[0] == 100
 
 
 def test_parts_are_put_together() -> None:
