@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -16,7 +16,7 @@ from engine.kernels.gpu import sampling
 from engine.kernels.gpu.errors import device_errors
 from engine.kernels.gpu.graphs import Captured, DecodeGraphs, capture_decodes, ladder
 from engine.kernels.gpu.launch import as_tensor
-from engine.kernels.gpu.machine import HostMachine, Machine, open_machine
+from engine.kernels.gpu.machine import Machine, open_machine
 from engine.kernels.gpu.ops import GpuOps
 from engine.kernels.gpu.products import gpu_matrix, make_products_exact
 from engine.kernels.gpu.queueing import fed, sample_queued
@@ -151,8 +151,8 @@ class GpuBackend:
     """Kernels on one device: a GPU, or in tests the CPU, where Triton's interpreter runs them."""
 
     device: torch.device
+    machine: Machine
     group: DeviceGroup = ALONE
-    machine: Machine = field(default_factory=HostMachine)
 
     @property
     def name(self) -> str:
@@ -237,4 +237,4 @@ def open_gpu_backend(device: torch.device | str, group: DeviceGroup = ALONE) -> 
         if chosen.index is None:
             chosen = torch.device("cuda", torch.cuda.current_device())
         torch.cuda.set_device(chosen)
-    return GpuBackend(chosen, group, open_machine(chosen))
+    return GpuBackend(chosen, open_machine(chosen), group)

@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification
 from whole_texts import load, program, random_texts, vectors
 
 from engine.kernels.batch import RaggedBatch
-from engine.kernels.gpu.backend import GpuBackend, GpuProgram
+from engine.kernels.gpu.backend import GpuBackend, GpuProgram, open_gpu_backend
 from engine.kernels.gpu.launch import Call
 from engine.kernels.kv_cache import allocate_kv_cache
 
@@ -72,7 +72,7 @@ def on_ranks(size: int, device: torch.device, work: Callable[[GpuBackend], T]) -
             return work(backend)
 
     groups = [OneAtATime(group.rank, group.meeting, turn) for group in thread_groups(size)]
-    return on_each([GpuBackend(device, group) for group in groups], taking_turns)
+    return on_each([open_gpu_backend(device, group) for group in groups], taking_turns)
 
 
 def steps(prompt: list[int], new: int) -> list[RaggedBatch]:
@@ -110,7 +110,7 @@ def generated(path: Path, backend: GpuBackend, graphs: bool = False) -> tuple[li
 def test_tokens(write: Callable[..., Path], device: torch.device, tmp_path: Path) -> None:
     """Every rank has all logits and goes on with the same tokens."""
     path = write(tmp_path / "model", num_hidden_layers=2)
-    tokens, logits = generated(path, GpuBackend(device))
+    tokens, logits = generated(path, open_gpu_backend(device))
     (found, whole), (others, same) = on_ranks(2, device, lambda backend: generated(path, backend))
     assert found == others == tokens
     assert bits(whole) == bits(same)
@@ -159,4 +159,4 @@ def test_vectors(device: torch.device, tmp_path: Path) -> None:
         return vectors(program(model), random_texts(model.config.vocab_size, (5, 1))).cpu()
 
     found, _ = on_ranks(2, device, made)
-    torch.testing.assert_close(found, made(GpuBackend(device)), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found, made(open_gpu_backend(device)), atol=1e-4, rtol=1e-4)
