@@ -10,7 +10,7 @@ from __future__ import annotations
 from codecs import utf_8_decode
 from typing import Protocol
 
-from detokenizer_proc.token_bytes import Blank, ByteDecoder, byte_decoder
+from engine.checkpoints.token_bytes import Blank, ByteDecoder, byte_decoder
 from engine.checkpoints.tokenizer import Tokenizer, decode
 
 _LONGEST_WAIT = 32

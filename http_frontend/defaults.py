@@ -11,11 +11,13 @@ import msgspec
 from msgspec import UNSET
 
 from engine.config import ConfigError, ServerConfig
-from engine.wire.sampling import Sampling, TextOptions
+from engine.wire.sampling import Grammar, GrammarKind, Sampling, TextOptions
 from http_frontend.bodies import SamplingBody
 from http_frontend.errors import invalid
 
-_GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag")
+_GRAMMARS: dict[str, GrammarKind] = {
+    "json_schema": "json", "regex": "regex", "ebnf": "ebnf", "structural_tag": "structural_tag",
+}  # fmt: skip
 _NAMES = SamplingBody.__struct_fields__
 
 
@@ -62,12 +64,12 @@ def merge(request: SamplingBody, preferred: SamplingBody | None) -> SamplingBody
 
 
 def ask(request: SamplingBody, preferred: SamplingBody | None, server: ServerConfig) -> Asked:
-    """Merge, check what the frontend owns (§2.3: E25, E39, E41; unsupported features), and fill in the defaults.
+    """Merge, check what the frontend owns (§2.3: E25, E39; unsupported features), and fill in the defaults.
 
     Ranges are left to the tokenizer process. Raises `RefusedError`.
     """
     body = merge(request, preferred)
-    _refuse_unsupported(body, server)
+    _refuse_unsupported(body)
     ignore_eos = _or(body.ignore_eos, False)
     sampling = Sampling(
         max_new_tokens=_or(body.max_new_tokens, 128) if body.max_new_tokens is not None else None,
@@ -83,6 +85,7 @@ def ask(request: SamplingBody, preferred: SamplingBody | None, server: ServerCon
         ignore_eos=ignore_eos,
         stop_token_ids=_or(body.stop_token_ids, []),
         logit_bias=_or(body.logit_bias, None) or None,
+        grammar=_grammar(body),
     )
     return Asked(
         sampling=sampling,
@@ -130,19 +133,14 @@ def _count(body: SamplingBody) -> int:
     return n
 
 
-def _refuse_unsupported(body: SamplingBody, server: ServerConfig) -> None:
-    grammars = [name for name in _GRAMMARS if _or(getattr(body, name), "")]
-    if len(grammars) > 1:
+def _grammar(body: SamplingBody) -> Grammar | None:
+    given = [Grammar(kind, text) for name, kind in _GRAMMARS.items() if (text := _or(getattr(body, name), ""))]
+    if len(given) > 1:
         raise invalid("Only one of json_schema, regex, ebnf, or structural_tag can be set.")
-    if grammars and server.grammar_backend == "none":
-        raise invalid(
-            "Grammar-based generation (json_schema, regex, ebnf, structural_tag) is not supported when the server is "
-            "launched with --grammar-backend none"
-        )
-    if grammars:
-        raise invalid(
-            f"{grammars[0]}: constrained output (json_schema, regex, ebnf, structural_tag) is not supported yet"
-        )
+    return given[0] if given else None
+
+
+def _refuse_unsupported(body: SamplingBody) -> None:
     width = _or(body.beam_width, 1)
     if width < 1:
         raise invalid(f"beam_width must be at least 1, got {width}.")

@@ -11,12 +11,15 @@ import numpy as np
 
 from engine.config import faults
 from engine.config.logs import about
+from engine.wire.failures import internal_error
 from engine.wire.results import Finish
 from engine.wire.to_frontend import Ended
 from engine.wire.to_scheduler import Admit
 from scheduler_proc.admissible import check_admissible
 from scheduler_proc.answers import Sender
+from scheduler_proc.constraint import GrammarError
 from scheduler_proc.generation import Generation
+from scheduler_proc.grammars import Grammars
 from scheduler_proc.outputs import StepRows
 from scheduler_proc.planner import Planner
 from scheduler_proc.request import Request, new_request
@@ -32,7 +35,8 @@ OUTRANKED = "The request is aborted by a higher priority request."
 
 @dataclass(slots=True)
 class Admission:
-    """requests: all of the scheduler's, by their keys. arrivals: so many have been admitted."""
+    """requests: all of the scheduler's, by their keys. grammars: None where none can be followed. arrivals: so many
+    have been admitted."""
 
     settings: SchedulerSettings
     planner: Planner
@@ -40,6 +44,7 @@ class Admission:
     outbox: Sender
     generation: Generation
     trials: Trials
+    grammars: Grammars | None = None
     arrivals: int = 0
 
     def admit(self, admit: Admit) -> None:
@@ -77,6 +82,23 @@ class Admission:
         self.trials.enter(request)
         if not self._enqueue(request):
             self._refuse(admit, QUEUE_FULL, 503)
+        elif request.awaits_grammar:
+            if self.grammars is None:
+                raise ValueError("grammar must be none: this scheduler has no tokenizer")
+            self.grammars.begin(request)
+
+    def collect_grammars(self) -> None:
+        """Let those begin whose grammars have been compiled meanwhile, and end those whose grammars cannot be."""
+        if self.grammars is None:
+            return
+        for request, error in self.grammars.collect():
+            if error is None or self.requests.get(request.key) is not request:
+                continue
+            if isinstance(error, GrammarError):
+                finish = Finish("abort", message=str(error), status=400)
+            else:
+                finish = internal_error(logger, "compiling the grammar of", request.admit.rid, error)
+            self._end_waiting(request, finish)
 
     def _enqueue(self, request: Request) -> bool:
         """Put a request into the queue. When that is full a less urgent one may have to leave it."""

@@ -103,11 +103,16 @@ class Emission:
         self.drop(request)
 
     def _finish(self, request: Request, token: int) -> Finish | None:
-        """Whether `token`, the newest, ends the request (contract §6.3, rows 4 and 5)."""
+        """Whether `token`, the newest, ends the request (contract §6.3, rows 4 to 6)."""
         sampling = request.admit.sampling
         if not sampling.ignore_eos and (token in self.eos_ids or token in sampling.stop_token_ids):
             return Finish("stop", matched=token)
-        return _length(request) if request.generated >= request.max_new_tokens else None
+        if request.generated >= request.max_new_tokens:
+            return _length(request)
+        if request.constraint is not None and request.constraint.ends_with(token):
+            # A token that is no end of the model belongs to the text.
+            return Finish("stop", matched=token if token in self.eos_ids else None)
+        return None
 
     def emit_vectors(self, requests: list[Request], heads: torch.Tensor, pooled: Callable[[], torch.Tensor]) -> None:
         """End the requests whose prompts are computed, row i of `heads` [R, W] being that of requests[i].

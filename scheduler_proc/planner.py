@@ -283,7 +283,7 @@ class Planner:
 
     def _policy_order(self) -> list[Request]:
         """The waiting requests in the order in which they are to be admitted."""
-        order = [r for r in self.waiting if not r.trial and (r.begun or not self.hold)]
+        order = [r for r in self.waiting if not (r.trial or r.awaits_grammar) and (r.begun or not self.hold)]
         if self.limits.longest_prefix_first:
             overdue = time.monotonic() - self.limits.max_wait
             late = [r for r in order if r.arrived_at < overdue]

@@ -9,6 +9,7 @@ import numpy as np
 
 from engine.wire.results import InputLogprobs, Scored
 from engine.wire.to_scheduler import Admit
+from scheduler_proc.constraint import Constraint
 from scheduler_proc.radix_cache import Node, Tokens
 from scheduler_proc.slot_pool import Slots
 
@@ -40,6 +41,7 @@ class Request:
     number: order of arrival; the youngest has the largest.
     queued: so many tokens behind these are computed on a device now; row: of the last one (`overlap.py`).
     trial: so many tokens it must make alone before it may join others (`trials.py`).
+    constraint: of one with a grammar, once that is compiled (`grammars.py`).
     arrived_at, started_at: for its time limits, which pauses do not count against; admitted_at: when it began.
     """
 
@@ -62,6 +64,7 @@ class Request:
     trial: int = 0
     prompt_logprobs: PromptLogprobs | None = None
     output_counts: dict[int, int] | None = None
+    constraint: Constraint | None = None
     arrived_at: float = field(default_factory=time.monotonic)
     started_at: float | None = None
     admitted_at: float = 0.0
@@ -74,6 +77,11 @@ class Request:
     def known(self) -> Tokens:
         """Prompt and output so far."""
         return self.tokens[: self.length]
+
+    @property
+    def awaits_grammar(self) -> bool:
+        """Whether it cannot be planned yet."""
+        return self.constraint is None and self.admit.sampling.grammar is not None
 
     @property
     def begun(self) -> bool:
@@ -119,6 +127,8 @@ class Request:
     def append(self, token: int) -> None:
         self.tokens[self.length] = token
         self.length += 1
+        if self.constraint is not None:
+            self.constraint.advance([token])
         if self.output_counts is not None:
             self.output_counts[token] = self.output_counts.get(token, 0) + 1
 

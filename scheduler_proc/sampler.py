@@ -93,18 +93,22 @@ def _wanted(request: Request) -> int:
 def is_adjusted(request: Request) -> bool:
     return bool(
         request.output_counts
+        or request.constraint is not None
         or request.admit.sampling.logit_bias
         or (request.min_new_tokens and request.generated < request.min_new_tokens)
     )
 
 
 def adjust(row: torch.Tensor, request: Request, eos_ids: list[int]) -> None:
-    """Steps 1 to 4 on one row of logits [V], in place: minimum length, penalties, logit bias.
+    """Steps 1 to 4 on one row of logits [V], in place: minimum length, penalties, grammar, logit bias.
 
     The sums are float64 and the results float32 below infinity: a bias of 1e300 forces its token, and is no NaN.
+    A grammar that is complete ends a request before its minimum length: nothing but the end may come.
+    Raises GrammarError where the grammar cannot be followed.
     """
-    sampling = request.admit.sampling
-    if request.generated < request.min_new_tokens:
+    sampling, constraint = request.admit.sampling, request.constraint
+    complete = constraint is not None and constraint.complete
+    if request.generated < request.min_new_tokens and not complete:
         # Clients may name stop ids that the vocabulary does not have: those cannot come anyway.
         row[[token for token in eos_ids + sampling.stop_token_ids if 0 <= token < len(row)]] = -torch.inf
     if request.output_counts:
@@ -113,6 +117,8 @@ def adjust(row: torch.Tensor, request: Request, eos_ids: list[int]) -> None:
         z = row[ids].double() - sampling.frequency_penalty * counts - sampling.presence_penalty
         penalty = sampling.repetition_penalty
         row[ids] = torch.where(z < 0, z * penalty, z / penalty).clamp(max=_LARGEST).float()
+    if constraint is not None:
+        row.masked_fill_(torch.from_numpy(constraint.forbidden()).to(row.device), -torch.inf)
     if sampling.logit_bias:
         ids = torch.tensor([int(key) for key in sampling.logit_bias], dtype=torch.int64, device=row.device)
         bias = torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float64, device=row.device)

@@ -31,6 +31,7 @@ from scheduler_proc.answers import Answers
 from scheduler_proc.control_failures import failed, failed_question
 from scheduler_proc.emission import Emission
 from scheduler_proc.generation import Generation
+from scheduler_proc.grammars import Grammars
 from scheduler_proc.kv_memory import InvariantError
 from scheduler_proc.operation import Operation
 from scheduler_proc.outputs import StepRows
@@ -50,6 +51,9 @@ logger = logging.getLogger(__name__)
 PATIENCE = 0.01
 """Seconds between two looks at what no message tells of: the thread of a weight update, the deadline of a flush."""
 
+COMPILING = 0.002
+"""The same for grammars, most of which are compiled in less."""
+
 HEARING = 0.01
 """Seconds after which messages that are still there wait for the next step."""
 _AT_ONCE = 32
@@ -60,7 +64,8 @@ class Scheduler:
     """updates: None where there are no weights to be updated. first_version: of the weights that serve at first.
 
     generation: whether steps may be computed, and with which weights. heart: None where nobody listens.
-    ranks: the others of a divided model. queueing: the program, where steps overlap.
+    ranks: the others of a divided model. queueing: the program, where steps overlap. grammars: None
+    where no output can be constrained.
     """
 
     settings: SchedulerSettings
@@ -77,6 +82,7 @@ class Scheduler:
     heart: Heart | None = None
     ranks: Ranks | None = None
     queueing: QueueingProgram | None = None
+    grammars: Grammars | None = None
     trials: Trials = field(init=False)
     generation: Generation = field(init=False)
     admission: Admission = field(init=False)
@@ -89,8 +95,9 @@ class Scheduler:
         self.operation = Operation(self.runner.program, self.planner, self.outbox)
         self.generation = Generation(self.planner, self.requests, self.outbox, self.first_version, self.updates)
         self.admission = Admission(
-            self.settings, self.planner, self.requests, self.outbox, self.generation, self.trials
-        )
+            self.settings, self.planner, self.requests, self.outbox, self.generation, self.trials,
+            self.grammars,
+        )  # fmt: skip
         self.emission = Emission(
             self.outbox, self.requests, self.generation, self.admission.drop, self.settings.eos_ids, self.settings.task
         )
@@ -109,11 +116,16 @@ class Scheduler:
         """Serve until the process is ended."""
         while True:
             self._beat()
-            if not self.requests or self.generation.halted:
+            if not self.requests or self.generation.halted or self._only_grammars:
                 self._settle()
                 self._rest()
             self.hear()
             self.turn()
+
+    @property
+    def _only_grammars(self) -> bool:
+        """Whether all requests wait for their grammars."""
+        return not self.planner.running and all(request.awaits_grammar for request in self.planner.waiting)
 
     def hear(self) -> None:
         """Carry out the messages that are there; of very many only some, since running requests wait for their step."""
@@ -137,6 +149,7 @@ class Scheduler:
         if self.generation.updating:
             self._settle()
         self.generation.update_weights()
+        self.admission.collect_grammars()
         if self.requests and not self.generation.halted:
             self.step()
         self._answer_flushes()
@@ -144,7 +157,9 @@ class Scheduler:
 
     def _rest(self) -> None:
         """Wait for a message; not for long where something else may happen as well."""
-        if self.requests or self.flushes or self.generation.updating or self.operation.busy:
+        if self.grammars is not None and self.grammars.jobs:
+            self.inbox.wait(COMPILING)
+        elif self.requests or self.flushes or self.generation.updating or self.operation.busy:
             self.inbox.wait(PATIENCE)
         else:
             self.idle()
@@ -246,10 +261,12 @@ class Scheduler:
     def state(self) -> dict[str, Any]:
         """The scheduler's part of `/server_info`, and the counts that health and load routes need."""
         usage = self.planner.memory.usage()
+        grammars = sum(request.awaits_grammar for request in self.planner.waiting)
         return self.settings.report | {
             "last_gen_throughput": self.statistics.throughput,
             "num_running_reqs": len(self.planner.running),
-            "num_waiting_reqs": len(self.planner.waiting),
+            "num_waiting_reqs": len(self.planner.waiting) - grammars,
+            "num_grammar_reqs": grammars,
             "num_used_tokens": usage.used,
             "num_cached_tokens": usage.cached,
             "num_free_tokens": usage.free,
@@ -272,6 +289,8 @@ class Scheduler:
         """Returns what has gone wrong."""
         try:
             self.planner.memory.flush()
+            if self.grammars is not None:
+                self.grammars.flush()
         except Exception as error:
             logger.exception("The cache cannot be flushed")
             self.planner.memory.check(self.planner.running)

@@ -6,13 +6,14 @@ import logging
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import zmq
 
 from engine.checkpoints.errors import CheckpointError
 from engine.config import ConfigError, RunConfig
-from engine.config.environment import switch, time_limit
+from engine.config.environment import number, switch, time_limit
 from engine.config.run import Served
 from engine.kernels.queued import QueueingProgram
 from engine.parallel.group import GroupLostError
@@ -24,6 +25,7 @@ from engine.wire.to_worker import RANKS, FromWorker, Loaded, ToWorker, worker_na
 from scheduler_proc.answers import Answers
 from scheduler_proc.company import ALONE
 from scheduler_proc.gpus import GPUS, Gpus
+from scheduler_proc.grammars import Grammars
 from scheduler_proc.hosts import follow, lines_to_rank_0, served_there
 from scheduler_proc.kv_memory import KvMemory
 from scheduler_proc.load import LARGEST_CHUNK, Engine, largest_step, load_engine, longest_request
@@ -41,6 +43,9 @@ from scheduler_proc.step_memory import StepMemory
 from scheduler_proc.weight_updates import WeightUpdates
 from scheduler_proc.weights import Weights, WeightsLostError
 from scheduler_proc.worker import Line, Worker
+
+if TYPE_CHECKING:
+    from scheduler_proc.grammar_engine import GrammarEngine
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +103,7 @@ def schedule(config: RunConfig, started: float, gpus: Gpus = GPUS) -> None:
         heart=heart,
         ranks=ranks,
         queueing=queueing,
+        grammars=grammars(config),
     )
     scheduler.generation.set_paused(config.standing.paused)
     scheduler.operation.pause = config.standing.step_sleep
@@ -147,6 +153,22 @@ def memory(config: RunConfig, engine: Engine) -> Memory:
     if engine.reads_whole:
         return StepMemory(engine.limits.max_total_num_tokens)
     return KvMemory(engine.limits.max_total_num_tokens, reuse=not config.server.disable_radix_cache)
+
+
+def grammars(config: RunConfig) -> Grammars | None:
+    """None where the tokenizer process refuses every grammar."""
+    server = config.server
+    refused = server.grammar_backend == "none" or server.skip_tokenizer_init or config.tokenizer is None
+    if refused or not config.facts.is_generation:
+        return None
+    patience = number("GRAMMAR_POLL_INTERVAL", 0.005) * number("GRAMMAR_MAX_POLL_ITERATIONS", 10000)
+    return Grammars(lambda: _open_engine(config), patience)
+
+
+def _open_engine(config: RunConfig) -> GrammarEngine:
+    from scheduler_proc.grammar_engine import open_engine  # with a library and a tokenizer that few launches need
+
+    return open_engine(config)
 
 
 def recorder(config: RunConfig, engine: Engine, rank: int = 0) -> Recorder | None:

@@ -20,6 +20,7 @@ from engine.kernels.queued import QueueingProgram
 from engine.kernels.table import Backend
 from engine.parallel.group import GroupLostError
 from engine.wire.results import Finish
+from scheduler_proc.constraint import GrammarError
 from scheduler_proc.emission import Emission
 from scheduler_proc.operation import Operation
 from scheduler_proc.outputs import StepRows
@@ -243,6 +244,8 @@ class Steps:
                 sampled.append((request, self._sampled(logits, [request])[0]))
             except GroupLostError:
                 raise
+            except GrammarError as error:
+                self.emission.end_failed(request, Finish("abort", message=str(error), status=400))
             except Exception as error:
                 self.emission.fail(request, error, "sampling")
         return sampled

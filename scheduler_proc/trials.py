@@ -58,9 +58,10 @@ class Trials:
 
     def _next(self) -> Request | None:
         """Whose trial goes on, or begins. One that runs goes on first: it holds a place and slots, which another one
-        might wait for. One that may not begin before a weight update does not stand before those that this waits for.
+        might wait for. One that may not begin before a weight update does not stand before those that this waits for,
+        and one whose grammar is not compiled yet before nobody.
         """
-        able = [request for request in self.suspects if request.begun or not self.planner.hold]
+        able = [r for r in self.suspects if not r.awaits_grammar and (r.begun or not self.planner.hold)]
         return next((request for request in self.planner.running if request.trial), able[0] if able else None)
 
     def end_step(self) -> None:

@@ -114,6 +114,7 @@ def bounds_of(config: RunConfig) -> Bounds:
         max_new_tokens_limit=count_limit("MAX_NEW_TOKENS_LIMIT"),
         has_tokenizer=not config.server.skip_tokenizer_init,
         segments=config.facts.pooled.segments if config.facts.pooled else 0,
+        grammars=config.server.grammar_backend != "none",
     )
 
 

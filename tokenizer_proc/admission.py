@@ -22,6 +22,7 @@ from tokenizer_proc.validation import (
     Bounds,
     RefusalError,
     cap_lengths,
+    check_grammar,
     check_ids,
     check_logprobs,
     check_sampling,
@@ -65,6 +66,7 @@ def _admit(message: Generate, tokenizer: Tokenizer | None, bounds: Bounds) -> tu
     check_ids(ids, bounds.vocab_size)
     kept, sampling, cuts = fit_context(len(ids), message.sampling, bounds)
     check_sampling(sampling, bounds.vocab_size)
+    check_grammar(sampling.grammar, bounds)
     check_stops(message.text_options, sampling, bounds.has_tokenizer)
     if message.logprobs is not None:
         room = max(0, bounds.context_length - kept)

@@ -12,7 +12,7 @@ from typing import Literal
 
 import msgspec
 
-from engine.wire.sampling import LogprobOptions, Sampling, TextOptions
+from engine.wire.sampling import Grammar, LogprobOptions, Sampling, TextOptions
 from tokenizer_proc.stop_patterns import pattern_error
 
 MAX_STOPS = 32
@@ -40,7 +40,8 @@ class Bounds:
     """What of the server the checks depend on.
 
     max_new_tokens_limit: SGLANG_MAX_NEW_TOKENS_LIMIT, a cap on every request. has_tokenizer: False with
-    --skip-tokenizer-init. segments: kinds of segments that the model tells apart.
+    --skip-tokenizer-init. segments: kinds of segments that the model tells apart. grammars: False with
+    --grammar-backend none.
     """
 
     vocab_size: int
@@ -49,6 +50,7 @@ class Bounds:
     max_new_tokens_limit: int | None = None
     has_tokenizer: bool = True
     segments: int = 0
+    grammars: bool = True
 
 
 def check_ids(ids: array[int], vocab_size: int) -> None:
@@ -128,6 +130,26 @@ def _refuse_without_tokenizer(options: TextOptions, sampling: Sampling) -> None:
             f"min_new_tokens={sampling.min_new_tokens} is unavailable when skip_tokenizer_init=True "
             "(requires tokenizer to know its EOS token)."
         )
+
+
+def check_grammar(grammar: Grammar | None, bounds: Bounds) -> None:
+    """E41, and what can be seen of a grammar without compiling it."""
+    if grammar is None:
+        return
+    if not bounds.grammars:
+        raise RefusalError(
+            "Grammar-based generation (json_schema, regex, ebnf, structural_tag) is not supported when the server is "
+            "launched with --grammar-backend none",
+            origin="scheduler",
+        )
+    if not bounds.has_tokenizer:
+        field = "json_schema" if grammar.kind == "json" else grammar.kind
+        raise RefusalError(
+            f"{field} is unavailable when skip_tokenizer_init=True (requires tokenizer to know the text of tokens).",
+            origin="scheduler",
+        )
+    if "\0" in grammar.text:
+        raise RefusalError(f"Invalid {grammar.kind}: NUL bytes (\\u0000) are not allowed", origin="scheduler")
 
 
 def check_logprobs(options: LogprobOptions, prompt_tokens: int, new_tokens: int, vocab_size: int) -> None:

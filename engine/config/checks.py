@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,8 +15,8 @@ OTHER_ATTENTION_BACKENDS = (
     "aiter", "ascend", "cutlass_mla", "dual_chunk_flash_attn", "fa3", "fa4", "flashinfer", "flashmla", "flex_attention",
     "intel_amx", "intel_xpu", "nsa", "trtllm_mha", "trtllm_mla", "wave",
 )  # fmt: skip
-SERVED_GRAMMAR_BACKENDS = ("xgrammar", "none")
-OTHER_GRAMMAR_BACKENDS = ("outlines", "llguidance")
+SERVED_GRAMMAR_BACKENDS = ("xgrammar", "llguidance", "none")
+OTHER_GRAMMAR_BACKENDS = ("outlines",)
 
 _ONLY: tuple[tuple[str, Any, str], ...] = (
     ("page_size", (None, 1), "pages of more than one token are not supported; only 1 is"),
@@ -50,7 +51,7 @@ def check_config(config: ServerConfig) -> list[str]:
     what is allowed.
     """
     fields = {field.name: field for field in config_fields()}
-    for check in (_check_words, _check_numbers, _check_built, _check_names, _check_tls, _check_nodes):
+    for check in (_check_words, _check_numbers, _check_patterns, _check_built, _check_names, _check_tls, _check_nodes):
         check(config, fields)
     return list(_without_effect(config))
 
@@ -107,6 +108,18 @@ def _range(low: int | None, high: int | None) -> str:
     if high is None:
         return f"at least {low}"
     return f"at most {high}" if low is None else f"from {low} to {high}"
+
+
+def _check_patterns(config: ServerConfig, fields: dict[str, ConfigField]) -> None:
+    pattern = config.constrained_json_whitespace_pattern
+    if pattern is None:
+        return
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise _refuse(
+            fields["constrained_json_whitespace_pattern"], pattern, f"must be a regular expression: {error}"
+        ) from None
 
 
 def _check_built(config: ServerConfig, fields: dict[str, ConfigField]) -> None:
@@ -170,7 +183,7 @@ def _without_effect(config: ServerConfig) -> Iterator[str]:
         ),
         (
             "--grammar-backend", config.grammar_backend, lambda value: value in OTHER_GRAMMAR_BACKENDS,
-            "constrained output is not built yet",
+            "constrained output runs on llguidance",
         ),
         (
             "--dist-init-addr", config.dist_init_addr, lambda value: value is not None and config.nnodes == 1,

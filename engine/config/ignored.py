@@ -56,8 +56,6 @@ IGNORED_FLAGS: tuple[tuple[Kind, str], ...] = (
     ("str", "--sampling-backend"),
     ("str", "--moe-runner-backend"),
     ("str", "--moe-a2a-backend"),
-    ("str", "--constrained-json-whitespace-pattern"),
-    ("switch", "--constrained-json-disable-any-whitespace"),
     ("switch", "--enable-mis"),
     ("switch", "--enable-torch-compile"),
     ("int", "--torch-compile-max-bs"),

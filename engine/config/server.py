@@ -198,7 +198,18 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     # Kernels and numerics
     attention_backend: Annotated[str | None, Flag("attention kernels: triton, torch_native")] = None
-    grammar_backend: Annotated[str, Flag("engine of constrained output; not built yet: it is refused")] = "xgrammar"
+    grammar_backend: Annotated[
+        str,
+        Flag(
+            "engine of constrained output: llguidance, which also serves under the name of the default; none: refused"
+        ),
+    ] = "xgrammar"
+    constrained_json_whitespace_pattern: Annotated[
+        str | None, Flag("regular expression of the whitespace that a json_schema allows between tokens of JSON")
+    ] = None
+    constrained_json_disable_any_whitespace: Annotated[
+        bool, Flag("a json_schema allows no whitespace between tokens of JSON")
+    ] = False
     random_seed: Annotated[int | None, Flag("seed of the server's own randomness", minimum=0, maximum=2**63 - 1)] = None
     enable_deterministic_inference: Annotated[bool, Flag("accepted: Tokenmill is always deterministic")] = False
     disable_cuda_graph: Annotated[

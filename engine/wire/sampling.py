@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
+
+GrammarKind = Literal["json", "regex", "ebnf", "structural_tag"]
+
+
+class Grammar(msgspec.Struct, frozen=True, array_like=True):
+    """What an output must conform to. text: as the client wrote it, not empty."""
+
+    kind: GrammarKind
+    text: str
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
@@ -30,6 +41,7 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     stop_token_ids: list[int] = []
     logit_bias: dict[str, float] | None = None
     seed: int = 0
+    grammar: Grammar | None = None
 
 
 class TextOptions(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
