@@ -117,7 +117,9 @@ def new_engine(tokenizer: Tokenizer, width: int, eos_ids: list[int], spaces: Jso
 
 def failed(grammar: Grammar, detail: str) -> GrammarError:
     reason = _LISTING.split(detail, maxsplit=1)[0].strip()
-    return GrammarError(f"Failed to compile {grammar.kind} grammar: {reason[:_LONGEST_DETAIL]}")
+    if len(reason) > _LONGEST_DETAIL:  # it may quote the grammar; what is wrong with it stands behind
+        reason = f"{reason[: _LONGEST_DETAIL // 2]} ... {reason[-_LONGEST_DETAIL // 2 :]}"
+    return GrammarError(f"Failed to compile {grammar.kind} grammar: {reason}")
 
 
 def json_schema(text: str) -> Any:

@@ -44,9 +44,9 @@ class _NewTag(msgspec.Struct):
 
 
 class _Triggered(msgspec.Struct):
-    type: Literal["triggered_tags"]
-    triggers: list[str]
-    tags: list[_NewTag]
+    type: str
+    triggers: list[str] = []
+    tags: list[_NewTag] = []
     at_least_one: bool = False
     stop_after_first: bool = False
 
@@ -64,6 +64,8 @@ def read_tags(text: str) -> Tags:
     raw = json.loads(text)
     if isinstance(raw, dict) and "format" in raw:
         new = msgspec.convert(raw, _NewForm).format
+        if new.type != "triggered_tags":
+            raise ValueError(f"format.type must be triggered_tags, got {new.type!r}")
         tags = [Tag(tag.begin, tag.content.json_schema, tag.end) for tag in new.tags]
         found = Tags(new.triggers, tags, new.at_least_one, new.stop_after_first)
     else:

@@ -179,6 +179,8 @@ def decodes(tokens: int) -> list[Json]:
             body |= {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 2}
         if number % 11 == 4:
             sampling |= {"min_new_tokens": tokens // 2}
+        if number % 8 == 5:
+            sampling |= {"regex": "[a-z ]{5000}"}
         bodies.append(body | {"sampling_params": sampling})
     return bodies
 

@@ -131,8 +131,14 @@ FOUND_BY_THE_SCHEDULER: list[tuple[Json, str]] = [
     ({"input_ids": [5] * 3, "return_logprob": True, "logprob_start_len": 4},
      "req.logprob_start_len=4 is higher than the number of input tokens len(req.origin_input_ids)=3. Please use a "
      "smaller logprob_start_len."),
+    (_sampling(json_schema="INVALID"),
+     "Failed to compile json grammar: Expecting value: line 1 column 1 (char 0)"),
+    (_sampling(ebnf="INVALID"), "Failed to compile ebnf grammar: Expected ::= at line 1, 'INVALID' ^ ''"),
+    (_sampling(structural_tag="{}"),
+     "Failed to compile structural_tag grammar: Object missing required field `structures`"),
+    (_sampling(regex="a\0"), r"Invalid regex: NUL bytes (\u0000) are not allowed"),
 ]  # fmt: skip
-"""Shape A that a stream shows as an ordinary chunk (E16, E26)."""
+"""Shape A that a stream shows as an ordinary chunk (E16, E26, E40)."""
 
 MISTYPED: list[tuple[Json, str]] = [
     (_sampling(foo=1), f"unknown field `foo`, expected one of {KEYS}"),

@@ -147,7 +147,6 @@ def test_exact_refusals(fields: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "part"),
     [
-        ({"text": "a", "sampling_params": {"json_schema": "{}"}}, "not supported yet"),
         ({"text": "a", "session_params": {"id": "s"}}, "not supported yet"),
         ({"text": "a", "image_data": ["x"]}, "image_data"),
         ({"text": "a", "sampling_params": {"beam_width": 2}}, "beam_width"),
@@ -171,10 +170,6 @@ def test_refusals_that_depend_on_the_server() -> None:
     assert "not supported yet" in refusal({"input_embeds": [[1.0]]}, desk(disable_radix_cache=True))[2]
     assert refusal({"text": "a", "rid": "x"}, desk({"x"}))[2] == "Duplicate request ID detected: x"
     assert refusal({"text": ["a", "b"], "rid": "x"}, desk({"x_1"}))[2] == "Duplicate request ID detected: x_1"
-    assert (
-        "--grammar-backend none"
-        in refusal({"text": "a", "sampling_params": {"regex": "a"}}, desk(grammar_backend="none"))[2]
-    )
     assert refusal({"text": "a", "priority": 1}, desk(abort_on_priority_when_disabled=True)) == (
         "D",
         503,

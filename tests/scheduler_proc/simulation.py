@@ -22,6 +22,7 @@ from engine.wire.sampling import LogprobOptions, Sampling, TextOptions
 from engine.wire.to_detokenizer import NO_TOKEN, Opened, StepOutput
 from engine.wire.to_frontend import Ended
 from engine.wire.to_scheduler import Admit, VectorOptions
+from scheduler_proc.grammars import Grammars
 from scheduler_proc.kv_memory import KvMemory
 from scheduler_proc.memory import Memory
 from scheduler_proc.planner import Planner, PlannerLimits
@@ -141,6 +142,7 @@ def scheduler_over(
     memory: Memory | None = None,
     updates: WeightUpdates | None = None,
     queueing: QueueingProgram | None = None,
+    grammars: Grammars | None = None,
     **limits: Any,
 ) -> tuple[Scheduler, Sent]:
     """A scheduler over a program of a backend, without processes or sockets. memory: else a KV pool of `pool` slots."""
@@ -169,6 +171,7 @@ def scheduler_over(
         statistics=Statistics(10**9),
         updates=updates,
         queueing=queueing,
+        grammars=grammars,
     )
     return scheduler, sent
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.wire.sampling import LogprobOptions, Sampling, TextOptions
+from engine.wire.sampling import Grammar, LogprobOptions, Sampling, TextOptions
 from engine.wire.to_frontend import Ended
 from engine.wire.to_tokenizer import Generate
 from tokenizer_proc.admission import admit
@@ -19,6 +19,7 @@ from tokenizer_proc.validation import (
     Bounds,
     RefusalError,
     cap_lengths,
+    check_grammar,
     check_ids,
     check_logprobs,
     check_sampling,
@@ -276,3 +277,28 @@ def test_whatever_is_sent_is_answered(
 def test_the_size_of_a_pattern() -> None:
     assert pattern_error("a{10000}") is None
     assert pattern_error("a{10001}") == "its repetitions make 10001 elements, at most 10000 are allowed"
+
+
+@pytest.mark.parametrize(
+    ("grammar", "changes", "message"),
+    [
+        (Grammar("json", "{}"), {"grammars": False}, "Grammar-based generation (json_schema, regex, ebnf, "
+         "structural_tag) is not supported when the server is launched with --grammar-backend none"),
+        (Grammar("json", "{}"), {"has_tokenizer": False}, "json_schema is unavailable when skip_tokenizer_init=True "
+         "(requires tokenizer to know the text of tokens)."),
+        (Grammar("ebnf", "{}"), {"has_tokenizer": False}, "ebnf is unavailable when skip_tokenizer_init=True "
+         "(requires tokenizer to know the text of tokens)."),
+        (Grammar("json", "a\0"), {}, r"Invalid json: NUL bytes (\u0000) are not allowed"),
+        (Grammar("regex", "\0"), {}, r"Invalid regex: NUL bytes (\u0000) are not allowed"),
+    ],
+)  # fmt: skip
+def test_grammars_that_are_not_compiled(grammar: Grammar, changes: dict[str, Any], message: str) -> None:
+    bounds = Bounds(vocab_size=100, context_length=64, **changes)
+    with pytest.raises(RefusalError) as caught:
+        check_grammar(grammar, bounds)
+    assert (str(caught.value), caught.value.origin) == (message, "scheduler")
+    check_grammar(None, bounds)
+
+
+def test_grammars_that_are() -> None:
+    check_grammar(Grammar("json", "INVALID"), Bounds(vocab_size=100, context_length=64))

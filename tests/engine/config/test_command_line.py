@@ -65,7 +65,8 @@ MUST_WORK: dict[str, tuple[Any, str, Any]] = {
     "--ep-size": (1, "1", 1),
     "--disaggregation-mode": ("null", "null", "null"),
     "--attention-backend": (None, "torch_native", "torch_native"),
-    "--grammar-backend": ("xgrammar", "none", "none"),
+    "--grammar-backend": ("xgrammar", "llguidance", "llguidance"),
+    "--constrained-json-whitespace-pattern": (None, "[ ]?", "[ ]?"),
     "--random-seed": (None, "7", 7),
     "--log-level": ("info", "warning", "warning"),
     "--log-level-http": (None, "error", "error"),
@@ -80,13 +81,13 @@ SWITCHES = [
     "--skip-tokenizer-init", "--skip-server-warmup", "--incremental-streaming-output", "--allow-auto-truncate",
     "--enable-priority-scheduling", "--schedule-low-priority-values-first", "--abort-on-priority-when-disabled",
     "--disable-radix-cache", "--enable-deterministic-inference", "--disable-cuda-graph", "--enable-metrics",
-    "--log-requests",
+    "--log-requests", "--constrained-json-disable-any-whitespace",
 ]  # fmt: skip
 WARNED = [
     "--schedule-policy random", "--schedule-policy dfs-weight", "--schedule-policy lof", "--schedule-policy priority",
     "--schedule-policy routing-key", "--schedule-policy hrrn", "--schedule-policy shortest-prefill-first",
     "--attention-backend flashinfer", "--attention-backend fa3", "--grammar-backend outlines",
-    "--grammar-backend llguidance", "--base-gpu-id 1 --device cpu",
+    "--base-gpu-id 1 --device cpu",
 ]  # fmt: skip
 REFUSED = {
     "--page-size 16": "only 1",
@@ -103,7 +104,8 @@ REFUSED = {
     "--load-format pt": "auto, safetensors, gguf, dummy",
     "--disaggregation-mode prefill": "only null",
     "--attention-backend nonsense": "triton, torch_native",
-    "--grammar-backend nonsense": "xgrammar, none",
+    "--grammar-backend nonsense": "xgrammar, llguidance, none",
+    "--constrained-json-whitespace-pattern [": "must be a regular expression",
     "--served-model-name a:b": "colon",
     "--dtype int8": "float32",
     "--log-level loud": "critical, error, warning, info, debug",
