@@ -1,93 +1,69 @@
-"""Grammars compiled by llguidance. Nothing is forced: of several ways to spell what must come next all are allowed,
-and the model chooses.
+"""Grammars compiled by llguidance: first by another process, which may take any time and any end, then in this one.
 
 This module, the library and the tokenizer are loaded when the first grammar comes.
 """
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING
 
 from engine.checkpoints.token_bytes import byte_decoder
 from engine.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from engine.config import RunConfig
 from engine.wire.sampling import Grammar
 from scheduler_proc.constraint import Constraint, GrammarError
-from scheduler_proc.gbnf import to_lark
-from scheduler_proc.structural_tags import read_tags, tags_to_lark
+from scheduler_proc.grammar_text import JsonSpaces, shortened
+from scheduler_proc.grammar_trial import Question, TrialProcess
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
-    from llguidance._lib import JsonCompileOptions
-
-ANY_JSON = "$$ANY$$"
-"""As a JSON schema: any JSON."""
-
-_HEADER = '%llguidance {"no_forcing": true}\n'
-
-_LISTING = re.compile(r"\n\s*\d+ \| ")
-"""What follows in an error is the grammar again, as it was written for llguidance."""
-_LONGEST_DETAIL = 1000
-
-
-@dataclass(frozen=True)
-class JsonSpaces:
-    """Whitespace between tokens of JSON. pattern: a regular expression, None for any; allowed: False for none."""
-
-    pattern: str | None = None
-    allowed: bool = True
 
 
 @dataclass(frozen=True)
 class GrammarEngine:
-    """Compiles grammars for one tokenizer. special: ids of special tokens by their text."""
+    """Compiles grammars for one tokenizer. special: texts of special tokens. idle: processes that wait for a
+    grammar."""
 
     tokenizer: LLTokenizer
     width: int
     eos_ids: frozenset[int]
     spaces: JsonSpaces
     special: frozenset[str]
+    idle: SimpleQueue[TrialProcess] = field(default_factory=SimpleQueue)
 
-    def compile(self, grammar: Grammar) -> Constraint:
-        """Compile a grammar; takes milliseconds, or seconds. Raises GrammarError with the contract's message (E40)."""
+    def compile(self, grammar: Grammar, deadline: float) -> Constraint:
+        """Compile a grammar, in any thread; takes milliseconds, or seconds.
+
+        deadline: by `time.monotonic()`. Raises GrammarError with the contract's message (E40), and TimeoutError.
+        """
         from llguidance import LLMatcher, LLParserLimits
 
-        try:
-            text = self._written(grammar)
-        except (ValueError, RecursionError) as error:
-            raise failed(grammar, str(error)) from None
+        text = self._tried(grammar, deadline)
+        # Another process has compiled the same, and has come to an end.
         matcher = LLMatcher(self.tokenizer, text, log_level=0, limits=LLParserLimits(verbose_errors=False))
         if matcher.is_error():
-            raise failed(grammar, matcher.get_error())
+            raise _failed(grammar, matcher.get_error())
         return Constraint(matcher, self.width, self.eos_ids)
 
-    def _written(self, grammar: Grammar) -> str:
-        """As llguidance reads it. Raises ValueError and RecursionError."""
-        match grammar.kind:
-            case "json":
-                return _list(_HEADER + "start: @inner", {"inner": self._schema(json_schema(grammar.text))})
-            case "regex":
-                return _list(_HEADER + _regex(grammar.text), {})
-            case "ebnf":
-                return _list(_HEADER + to_lark(grammar.text), {})
-            case "structural_tag":
-                tags = read_tags(grammar.text)
-                schemas = {f"tag{i}": self._schema(tag.schema) for i, tag in enumerate(tags.tags)}
-                return _list(_HEADER + tags_to_lark(tags, self.special), schemas)
-
-    def _schema(self, schema: Any) -> dict[str, Any]:
-        from llguidance import LLMatcher
-
-        options: JsonCompileOptions = {"whitespace_flexible": self.spaces.allowed}
-        if self.spaces.pattern is not None:
-            options["whitespace_pattern"] = self.spaces.pattern
-        if not isinstance(schema, dict):
-            return {"json_schema": schema}
-        return json.loads(LLMatcher.grammar_from_json_schema(schema, overrides=options))["grammars"][0]
+    def _tried(self, grammar: Grammar, deadline: float) -> str:
+        """The grammar as llguidance reads it."""
+        question = Question(grammar, self.spaces, sorted(self.special))
+        try:
+            process = self.idle.get_nowait()
+            verdict = process.ask(question, deadline)
+        except Empty:
+            process = None
+        if process is None or not process.alive:  # what has ended one that was idle may be somebody else's doing
+            process = TrialProcess()
+            verdict = process.ask(question, deadline)
+        if process.alive:
+            self.idle.put(process)
+        if verdict.error is not None:
+            raise _failed(grammar, verdict.error)
+        return verdict.text
 
 
 def new_engine(tokenizer: Tokenizer, width: int, eos_ids: list[int], spaces: JsonSpaces) -> GrammarEngine:
@@ -115,29 +91,8 @@ def new_engine(tokenizer: Tokenizer, width: int, eos_ids: list[int], spaces: Jso
     return GrammarEngine(made, width, ends, spaces, frozenset(text for text in texts if text))
 
 
-def failed(grammar: Grammar, detail: str) -> GrammarError:
-    reason = _LISTING.split(detail, maxsplit=1)[0].strip()
-    if len(reason) > _LONGEST_DETAIL:  # it may quote the grammar; what is wrong with it stands behind
-        reason = f"{reason[: _LONGEST_DETAIL // 2]} ... {reason[-_LONGEST_DETAIL // 2 :]}"
-    return GrammarError(f"Failed to compile {grammar.kind} grammar: {reason}")
-
-
-def json_schema(text: str) -> Any:
-    """Raises ValueError and RecursionError."""
-    return {} if text == ANY_JSON else json.loads(text)
-
-
-def _regex(pattern: str) -> str:
-    from llguidance import LLMatcher
-
-    return json.loads(LLMatcher.grammar_from_regex(pattern))["grammars"][0]["lark_grammar"]
-
-
-def _list(lark: str, parts: dict[str, dict[str, Any]]) -> str:
-    """A grammar and those that it refers to by name."""
-    return json.dumps(
-        {"grammars": [{"name": "top", "lark_grammar": lark}, *(part | {"name": name} for name, part in parts.items())]}
-    )
+def _failed(grammar: Grammar, detail: str) -> GrammarError:
+    return GrammarError(f"Failed to compile {grammar.kind} grammar: {shortened(detail)}")
 
 
 @dataclass(frozen=True)

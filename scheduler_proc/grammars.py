@@ -25,7 +25,9 @@ KEPT_CHARACTERS = 4_000_000
 
 
 class Engine(Protocol):
-    def compile(self, grammar: Grammar) -> Constraint: ...
+    def compile(self, grammar: Grammar, deadline: float) -> Constraint:
+        """deadline: by `time.monotonic()`. Raises GrammarError, and TimeoutError when it has passed."""
+        ...
 
 
 @dataclass(eq=False, slots=True)
@@ -108,6 +110,9 @@ class Grammars:
         if job.running and self._lost < MOST_LOST:
             self._lost += 1
             self._start_thread()
+        return self._too_slow(job)
+
+    def _too_slow(self, job: Job) -> GrammarError:
         return GrammarError(
             f"Grammar preprocessing timed out: the {job.grammar.kind} grammar was not compiled in {self.patience:g} s"
         )
@@ -124,6 +129,8 @@ class Grammars:
             job.running = True
             try:
                 job.outcome = self._constraint(job)
+            except TimeoutError:
+                job.outcome = self._too_slow(job)
             except BaseException as error:
                 if not is_failure(error):
                     raise
@@ -132,14 +139,14 @@ class Grammars:
             self._done.put(job)
 
     def _constraint(self, job: Job) -> Constraint:
-        constraint = self._fresh(job.grammar) or self._compiled(job.grammar)
+        constraint = self._fresh(job.grammar) or self._compiled(job.grammar, job.deadline)
         constraint.advance(job.earlier)
         return constraint
 
-    def _compiled(self, grammar: Grammar) -> Constraint:
+    def _compiled(self, grammar: Grammar, deadline: float) -> Constraint:
         with self._opening:
             engine = self._engine = self._engine or self.open_engine()
-        constraint = engine.compile(grammar)
+        constraint = engine.compile(grammar, deadline)
         with self._lock:
             self._kept[grammar] = constraint
             while len(self._kept) > KEPT or sum(len(kept.text) for kept in self._kept) > KEPT_CHARACTERS:

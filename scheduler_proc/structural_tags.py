@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import Any, Literal
 
 import msgspec
@@ -79,7 +80,7 @@ def read_tags(text: str) -> Tags:
     return found
 
 
-def tags_to_lark(tags: Tags, special: frozenset[str]) -> str:
+def tags_to_lark(tags: Tags, special: Collection[str]) -> str:
     """The grammar in Lark's notation; the content of tag i is the grammar called `tag<i>`. special: texts of special
     tokens, which as triggers stand for the tokens."""
     rules = []

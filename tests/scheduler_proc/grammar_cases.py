@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 from simulation import EOS, VOCABULARY
 from tokenizers import AddedToken, Tokenizer, decoders, models
@@ -10,8 +12,10 @@ from engine.checkpoints.tokenizer_data import Tokenizer as Loaded
 from engine.checkpoints.tokenizer_data import finish_tokenizer
 from engine.wire.sampling import Grammar, GrammarKind
 from scheduler_proc.constraint import Constraint
-from scheduler_proc.grammar_engine import GrammarEngine, JsonSpaces, new_engine
+from scheduler_proc.grammar_engine import GrammarEngine, new_engine
+from scheduler_proc.grammar_text import JsonSpaces
 
+PATIENCE = 60.0
 TEXTS = [*'abcdefghijklmnopqrstuvwxyz0123456789{}[]:,"-', "ab", '":', "ca", "true"]
 """Of the ids from 1 on; 0 is the end, which is what the simulated scheduler has it for."""
 
@@ -39,7 +43,7 @@ def ids_of(text: str) -> list[int]:
 
 
 def compiled(engine: GrammarEngine, kind: GrammarKind, text: str) -> Constraint:
-    return engine.compile(Grammar(kind, text))
+    return engine.compile(Grammar(kind, text), time.monotonic() + PATIENCE)
 
 
 def allowed(constraint: Constraint) -> list[int]:

@@ -20,7 +20,8 @@ from engine.checkpoints.tokenizer import Tokenizer, encode, load_tokenizer
 from engine.checkpoints.tokenizer_data import finish_tokenizer
 from engine.wire.sampling import GrammarKind
 from scheduler_proc.constraint import GrammarError
-from scheduler_proc.grammar_engine import JsonSpaces, new_engine
+from scheduler_proc.grammar_engine import new_engine
+from scheduler_proc.grammar_text import JsonSpaces
 
 ENGINE = small_engine()
 SEEDS = st.integers(0, 2**31)
