@@ -76,7 +76,7 @@ def _words(source: random.Random, count: int) -> str:
 
 
 def _generation(source: random.Random, number: int, shared: str) -> Job:
-    """Greedy and sampled, with penalties, stops, logprobs, priorities, long and short, of texts and of ids."""
+    """Greedy and sampled, with penalties, stops, logprobs, grammars, priorities, long and short, of texts and ids."""
     sampling: Json = {"max_new_tokens": source.randrange(1, 40), "temperature": 0, "ignore_eos": True}
     body: Json = {"text": shared[: number % 3 * 120] + _words(source, source.randrange(1, 40))}
     plain_text = True
@@ -108,6 +108,8 @@ def _generation(source: random.Random, number: int, shared: str) -> Job:
             "min_new_tokens": min(3, sampling["max_new_tokens"]),
             "ignore_eos": False,
         }
+    if number % 11 == 3:
+        sampling |= [{"regex": "[a-z ]{2000,}"}, {"ebnf": 'root ::= "a" (" " [a-m]+)*'}][number % 2]
     if number % 4 == 3:
         body |= {"priority": source.randrange(-2, 3)}
     return Job(f"generation {number}", "generation", "/generate", body | {"sampling_params": sampling},
@@ -182,7 +184,7 @@ def _bad_generations() -> list[Job]:
         "short list of parameters": {"text": ["a", "b"], "sampling_params": [{}]},
         "far label": {"text": "a", "return_logprob": True, "token_ids_logprob": [1 << 30]},
         "session": {"text": "a", "session_params": {"id": "nobody"}},
-        "grammar": {"text": "a", "sampling_params": {"json_schema": "{}"}},
+        "grammar": {"text": "a", "sampling_params": {"json_schema": "INVALID"}},
         "too large": b'{"text": "' + b"a" * BODY_LIMIT + b'"}',
     }
     return [

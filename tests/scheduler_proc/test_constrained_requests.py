@@ -13,6 +13,7 @@ import msgspec
 import pytest
 from grammar_cases import PATIENCE, ids_of, small_engine, text_of
 from simulation import EOS, HashModel, Sent, admit, expected_tokens, scheduler_over
+from test_overlap import QueueingModel
 
 from engine.kernels.batch import RaggedBatch
 from engine.kernels.eager import EagerBackend
@@ -308,9 +309,27 @@ def test_constrained_rows_share_steps_and_want_all_logits() -> None:
     )
     for key in range(1, 5):
         scheduler.handle(admit(key, [5, key], grammar=Grammar("regex", "[a-z]{8}")))
-    turn_until(scheduler, lambda: all(not request.awaits_grammar for request in scheduler.requests.values()))
+    deadline = time.monotonic() + PATIENCE
+    while any(request.awaits_grammar for request in scheduler.requests.values()):
+        scheduler.admission.collect_grammars()
+        assert time.monotonic() < deadline
     requests = list(scheduler.requests.values())
     assert all(is_adjusted(request) for request in requests)
     assert wanted_logits(requests).tolist() == [-1] * 4
     run_out(scheduler)
     assert max(program.batches) >= 4
+
+
+def test_where_steps_overlap_those_with_grammars_follow_one_another() -> None:
+    program = QueueingModel(400)
+    scheduler, sent = scheduler_over(
+        EagerBackend(), program, 400, longest=199, eos_ids=[EOS], queueing=program,
+        grammars=Grammars(lambda: ENGINE, PATIENCE),
+    )  # fmt: skip
+    for message in _messages():
+        scheduler.handle(message)
+    run_out(scheduler)
+    scheduler._settle()
+    assert program.queued > 0
+    for message in _messages():
+        assert (sent.tokens[message.key], sent.finishes[message.key]) == alone(message)
