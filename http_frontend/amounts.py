@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from engine.wire.sampling import LogprobOptions, Sampling
-from http_frontend.bodies import GenerateBody, SamplingBody
+from http_frontend.bodies import GRAMMARS, GenerateBody, SamplingBody
 from http_frontend.errors import invalid
 
 MAX_ITEMS = 65536
@@ -54,7 +54,7 @@ def check_repeated(body: GenerateBody, prompts: int, n: int) -> None:
     params = body.sampling_params
     own = isinstance(params, list)
     listed: list[SamplingBody] = params if isinstance(params, list) else [params] if params else []
-    for name in ("stop", "stop_regex", "stop_token_ids", "logit_bias"):
+    for name in ("stop", "stop_regex", "stop_token_ids", "logit_bias", *GRAMMARS):
         length = sum(_length(getattr(one, name)) for one in listed)
         check_copies(name, length, n if own else n * prompts)
 

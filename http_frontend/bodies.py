@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from engine.wire.sampling import GrammarKind
 from http_frontend.errors import unreadable
 
 T = TypeVar("T")
@@ -18,6 +19,11 @@ Receive = Callable[[], Awaitable[Message]]
 
 Ids = list[int | list[int]]
 """A flat list of token ids or a list of such lists; normalisation refuses a mixture."""
+
+GRAMMARS: dict[str, GrammarKind] = {
+    "json_schema": "json", "regex": "regex", "ebnf": "ebnf", "structural_tag": "structural_tag",
+}  # fmt: skip
+"""Fields of `sampling_params` that an output has to conform to."""
 
 
 class SamplingBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):

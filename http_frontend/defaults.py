@@ -11,13 +11,10 @@ import msgspec
 from msgspec import UNSET
 
 from engine.config import ConfigError, ServerConfig
-from engine.wire.sampling import Grammar, GrammarKind, Sampling, TextOptions
-from http_frontend.bodies import SamplingBody
+from engine.wire.sampling import Grammar, Sampling, TextOptions
+from http_frontend.bodies import GRAMMARS, SamplingBody
 from http_frontend.errors import invalid
 
-_GRAMMARS: dict[str, GrammarKind] = {
-    "json_schema": "json", "regex": "regex", "ebnf": "ebnf", "structural_tag": "structural_tag",
-}  # fmt: skip
 _NAMES = SamplingBody.__struct_fields__
 
 
@@ -134,7 +131,7 @@ def _count(body: SamplingBody) -> int:
 
 
 def _grammar(body: SamplingBody) -> Grammar | None:
-    given = [Grammar(kind, text) for name, kind in _GRAMMARS.items() if (text := _or(getattr(body, name), ""))]
+    given = [Grammar(kind, text) for name, kind in GRAMMARS.items() if (text := _or(getattr(body, name), ""))]
     if len(given) > 1:
         raise invalid("Only one of json_schema, regex, ebnf, or structural_tag can be set.")
     return given[0] if given else None

@@ -33,7 +33,8 @@ class Constraint:
         or leads nowhere."""
         packed = self.matcher.compute_bitmask()
         if self.matcher.is_error():
-            raise GrammarError(f"The grammar cannot be followed any further: {self.matcher.stop_reason()}")
+            reason = self.matcher.get_error().partition("\n")[0]  # which quotes nothing of the grammar
+            raise GrammarError(f"The grammar cannot be followed any further: {reason}")
         bits = np.unpackbits(~np.frombuffer(packed, np.uint8), count=self.width, bitorder="little")
         return bits.view(np.bool_)
 

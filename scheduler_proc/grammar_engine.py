@@ -15,7 +15,7 @@ from engine.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from engine.config import RunConfig
 from engine.wire.sampling import Grammar
 from scheduler_proc.constraint import Constraint, GrammarError
-from scheduler_proc.grammar_text import JsonSpaces, shortened
+from scheduler_proc.grammar_text import JsonSpaces, limits, shortened
 from scheduler_proc.grammar_trial import Question, TrialProcess
 
 if TYPE_CHECKING:
@@ -39,11 +39,11 @@ class GrammarEngine:
 
         deadline: by `time.monotonic()`. Raises GrammarError with the contract's message (E40), and TimeoutError.
         """
-        from llguidance import LLMatcher, LLParserLimits
+        from llguidance import LLMatcher
 
         text = self._tried(grammar, deadline)
         # Another process has compiled the same, and has come to an end.
-        matcher = LLMatcher(self.tokenizer, text, log_level=0, limits=LLParserLimits(verbose_errors=False))
+        matcher = LLMatcher(self.tokenizer, text, log_level=0, limits=limits())
         if matcher.is_error():
             raise _failed(grammar, matcher.get_error())
         return Constraint(matcher, self.width, self.eos_ids)

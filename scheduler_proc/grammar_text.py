@@ -15,8 +15,10 @@ from scheduler_proc.gbnf import to_lark
 from scheduler_proc.structural_tags import read_tags, tags_to_lark
 
 if TYPE_CHECKING:
+    from llguidance import LLParserLimits
     from llguidance._lib import JsonCompileOptions
 
+MOST_STATES = 50_000
 ANY_JSON = "$$ANY$$"
 """As a JSON schema: any JSON."""
 
@@ -48,6 +50,14 @@ def written(grammar: Grammar, spaces: JsonSpaces, special: Collection[str]) -> s
             tags = read_tags(grammar.text)
             schemas = {f"tag{i}": _schema(tag.schema, spaces) for i, tag in enumerate(tags.tags)}
             return _list(_HEADER + tags_to_lark(tags, special), schemas)
+
+
+def limits() -> LLParserLimits:
+    """What compiling and a step may cost, and what a constraint may hold: a state is 1 to 2 KB. Errors during a step
+    quote nothing of the grammar."""
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(max_lexer_states=MOST_STATES, verbose_errors=False)
 
 
 def shortened(detail: str) -> str:

@@ -20,7 +20,7 @@ from typing import IO
 import msgspec
 
 from engine.wire.sampling import Grammar
-from scheduler_proc.grammar_text import JsonSpaces, written
+from scheduler_proc.grammar_text import JsonSpaces, limits, written
 
 MOST_MEMORY = 2 << 30
 """Bytes of address space of the process."""
@@ -91,15 +91,13 @@ class TrialProcess:
 
 
 def verdict_of(question: Question) -> Verdict:
-    from llguidance import LLMatcher, LLParserLimits
+    from llguidance import LLMatcher
 
     try:
         text = written(question.grammar, question.spaces, question.special)
     except (ValueError, RecursionError) as error:
         return Verdict("", str(error))
-    error_found, messages = LLMatcher.validate_grammar_with_warnings(
-        text, None, limits=LLParserLimits(verbose_errors=False)
-    )
+    error_found, messages = LLMatcher.validate_grammar_with_warnings(text, None, limits=limits())
     return Verdict(text, messages[0] if error_found else None)
 
 

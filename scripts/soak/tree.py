@@ -52,8 +52,9 @@ class Tree:
             return False
 
     def faults(self) -> list[str]:
-        """What is wrong with the set of processes: of a whole server there is one of each, and no other."""
-        children = self.launcher.children(recursive=True)
+        """What is wrong with the set of processes: of a whole server there is one of each, and no other
+        but those that try grammars."""
+        children = [child for child in self.launcher.children(recursive=True) if not _tries_grammars(child)]
         roles = sorted(str(_role(child)) for child in children)
         if roles == sorted(ROLES):
             return []
@@ -127,6 +128,14 @@ def _role(process: psutil.Process) -> str | None:
         name = words[0].removeprefix(_TITLE).split()[0]
         return name if name in ROLES else None
     return next((_MODULES[word] for word in words if word in _MODULES), None)
+
+
+def _tries_grammars(process: psutil.Process) -> bool:
+    """Whether it is one of the scheduler's own."""
+    try:
+        return "scheduler_proc.grammar_trial" in process.cmdline()
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _status(process: psutil.Process) -> str:

@@ -19,6 +19,7 @@ REPEATED: dict[str, dict[str, Any]] = {
     "stop_regex": {"sampling_params": FEW | {"stop_regex": LONG}},
     "stop_token_ids": {"sampling_params": FEW | {"stop_token_ids": [5] * 10_000}},
     "logit_bias": {"sampling_params": FEW | {"logit_bias": {str(i): 1 for i in range(5000)}}},
+    **{name: {"sampling_params": FEW | {name: LONG}} for name in ("json_schema", "regex", "ebnf", "structural_tag")},
     "token_ids_logprob": {"return_logprob": True, "token_ids_logprob": [5] * 10_000},
 }
 
