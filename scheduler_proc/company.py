@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from engine.parallel import group
-from engine.parallel.group import Group
+from engine.parallel.group import DeviceGroup
 
 if TYPE_CHECKING:
     from engine.kernels._cpu import Exchange
@@ -35,7 +35,7 @@ class Company(Protocol):
         """What parts of `part` bytes are exchanged by, on CPUs; None where there is nobody else. Raises ConfigError."""
         ...
 
-    def meet(self, carrier: Carrier) -> Group:
+    def meet(self, carrier: Carrier) -> DeviceGroup:
         """The group of ranks that have a GPU each, this process's current device. Raises ConfigError and
         GroupLostError."""
         ...
@@ -56,7 +56,7 @@ class Alone:
     def join(self, part: int) -> None:
         return None
 
-    def meet(self, carrier: Carrier) -> Group:
+    def meet(self, carrier: Carrier) -> DeviceGroup:
         return group.ALONE
 
     def settle(self, own: Needs, size: Callable[[Needs], int], *, apart: bool = False) -> tuple[int, Needs]:

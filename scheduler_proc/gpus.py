@@ -13,7 +13,7 @@ import torch
 from engine.config import ConfigError, ServerConfig
 from engine.kernels.choice import open_gpu, take_gpu
 from engine.kernels.table import Backend
-from engine.parallel.group import Group
+from engine.parallel.group import DeviceGroup
 from scheduler_proc.company import Company
 from scheduler_proc.hosts import Hosts
 
@@ -48,7 +48,9 @@ def new_store(folder: Path) -> str:
     return str(Path(tempfile.mkdtemp(prefix="group-", dir=folder)) / "store")
 
 
-def open_group(rank: int, size: int, path: str | None, hosts: Hosts | None, carrier: Carrier, patience: float) -> Group:
+def open_group(
+    rank: int, size: int, path: str | None, hosts: Hosts | None, carrier: Carrier, patience: float
+) -> DeviceGroup:
     """Meet the other ranks, in the file `path` or where the hosts meet. patience: seconds for the meeting, and later
     for a rank that stays away. Raises ConfigError where torch lacks the carrier, and GroupLostError.
     """

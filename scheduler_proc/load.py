@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from tqdm import tqdm
@@ -19,7 +19,7 @@ from engine.checkpoints.task import Task, read_task
 from engine.config import ConfigError, RunConfig, ServerConfig
 from engine.kernels.choice import open_backend
 from engine.kernels.host_memory import available_memory
-from engine.kernels.kv_cache import allocate_kv_cache, kv_bytes_per_token, step_cache
+from engine.kernels.kv_cache import KvCache, allocate_kv_cache, kv_bytes_per_token, step_cache
 from engine.kernels.parts import part_bytes
 from engine.kernels.table import Backend, Program
 from engine.models.model import Model
@@ -69,53 +69,31 @@ def load_engine(
     `beat`: called again and again, as a sign of life. company: the other ranks. gpus: what `--device cuda` means.
     """
     server = config.server
-    on_gpu = server.device == "cuda"  # the launcher has found out what auto means
-    device = gpus.kind if on_gpu else "cpu"
-    seconds = {"imports": time.monotonic() - started}
+    device = gpus.kind if server.device == "cuda" else "cpu"  # the launcher has found out what auto means
+    clock = Stopwatch(started)
+    clock.lap("imports")
     model_config = read_model_config(config.model, server.json_model_override_args)
     task = read_task(config.model, model_config, is_embedding=server.is_embedding)
     context = config.facts.context_length
-    if on_gpu:
-        backend = open_on_gpu(server, company, gpus)
-    else:
-        part = part_bytes(largest_step(server, model_config, task, context), model_config.hidden_size)
-        backend = open_backend(server.cpu_isa, server.cpu_threads, company.join(part), company.place)
-    available = free_memory(device)
-    dtype = DTYPES[server.dtype]
-    model = build_model(model_config, task, dtype=dtype, backend=backend)
+    backend = _backend(server, model_config, task, context, company, gpus)
+    available, dtype = free_memory(device), DTYPES[server.dtype]
     kv_dtype = dtype if server.kv_cache_dtype == "auto" else DTYPES[server.kv_cache_dtype]
-    token_bytes = kv_bytes_per_token(model.held, kv_dtype) // (model_config.num_layers if model.reads_whole else 1)
-
-    def size(memory: Needs) -> int:
-        check_fits(memory.weight_bytes, memory.available)
-        if model.reads_whole:
-            return whole_steps(server, context)
-        return pool_size(server, context, memory.token_bytes, memory.weight_bytes, memory.available)
-
-    slots, needs = company.settle(Needs(model.weight_bytes, token_bytes, available), size, apart=on_gpu)
-    mark = time.monotonic()
+    model = build_model(model_config, task, dtype=dtype, backend=backend)
+    slots, needs = _settle(server, model, kv_dtype, context, available, company)
+    clock.start()
     checkpoint = launched_checkpoint(config)
     beat()
     fill_weights(model, config, model_config, beat)
     beat()
-    seconds["weights"] = time.monotonic() - mark
-    mark = time.monotonic()
-    if model.reads_whole:
-        budget = step_budget(server)
-        running = server.max_running_requests or budget
-        cache = step_cache(model.held, slots, kv_dtype, device)
-    else:
-        budget = backend.prefill_chunk if server.chunked_prefill_size is None else server.chunked_prefill_size
-        running = server.max_running_requests or MAX_RUNNING
-        cache = allocate_kv_cache(model.held, slots, kv_dtype, device)
+    clock.lap("weights")
+    cache, budget, running = _allocate(server, model, backend, slots, kv_dtype, device)
     program = model.program(cache)
-    seconds["pool"] = time.monotonic() - mark
-    mark = time.monotonic()
+    clock.lap("pool")
     graphs = DecodeGraphs()
     if task.kind == "generation":
         graphs = capture_decodes(program, server, running, context, lambda: free_memory(device), beat)
     if graphs.sizes:
-        seconds["graphs"] = time.monotonic() - mark
+        clock.lap("graphs")
     gc.collect()
     gc.freeze()
     longest = longest_request(context, slots, task)
@@ -127,7 +105,7 @@ def load_engine(
         weight_gb=needs.weight_bytes / 1e9,
         kvcache_gb=slots * needs.token_bytes / 1e9,
         available_gb=available / 1e9,
-        load_seconds=seconds,
+        load_seconds=clock.seconds,
         graph_sizes=graphs.sizes,
         graph_gb=graphs.gigabytes,
     )
@@ -135,9 +113,63 @@ def load_engine(
         "%s, %s, on %s: weights %.2f GB, KV pool %.2f GB for %d tokens (%.1f GB were free); %s",
         model_config.architecture, str(dtype).removeprefix("torch."), backend.name, limits.weight_gb,
         limits.kvcache_gb, slots, limits.available_gb,
-        ", ".join(f"{name} {spent:.2f} s" for name, spent in seconds.items()),
+        ", ".join(f"{name} {spent:.2f} s" for name, spent in clock.seconds.items()),
     )  # fmt: skip
     return Engine(model, checkpoint, backend, program, task, model.reads_whole, limits)
+
+
+@dataclass(slots=True)
+class Stopwatch:
+    """mark: time.monotonic() at the start of the phase that goes on. seconds: of those that are done."""
+
+    mark: float
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def start(self) -> None:
+        self.mark = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.seconds[name], self.mark = now - self.mark, now
+
+
+def _backend(
+    server: ServerConfig, config: ModelConfig, task: Task, context: int, company: Company, gpus: Gpus
+) -> Backend:
+    """The kernels, once this rank has met the others."""
+    if server.device == "cuda":
+        return open_on_gpu(server, company, gpus)
+    part = part_bytes(largest_step(server, config, task, context), config.hidden_size)
+    return open_backend(server.cpu_isa, server.cpu_threads, company.join(part), company.place)
+
+
+def _settle(
+    server: ServerConfig, model: Model, kv_dtype: torch.dtype, context: int, available: int, company: Company
+) -> tuple[int, Needs]:
+    """The slots of the pool, as all ranks have agreed on, and what this host needs (rank 0: what all need)."""
+    layers = model.config.num_layers if model.reads_whole else 1
+    token_bytes = kv_bytes_per_token(model.held, kv_dtype) // layers
+
+    def size(memory: Needs) -> int:
+        check_fits(memory.weight_bytes, memory.available)
+        if model.reads_whole:
+            return whole_steps(server, context)
+        return pool_size(server, context, memory.token_bytes, memory.weight_bytes, memory.available)
+
+    needs = Needs(model.weight_bytes, token_bytes, available)
+    return company.settle(needs, size, apart=server.device == "cuda")
+
+
+def _allocate(
+    server: ServerConfig, model: Model, backend: Backend, slots: int, kv_dtype: torch.dtype, device: str
+) -> tuple[KvCache, int, int]:
+    """The pool, the prompt tokens of a step, and the requests in one."""
+    if model.reads_whole:
+        budget = step_budget(server)
+        return step_cache(model.held, slots, kv_dtype, device), budget, server.max_running_requests or budget
+    budget = backend.prefill_chunk if server.chunked_prefill_size is None else server.chunked_prefill_size
+    cache = allocate_kv_cache(model.held, slots, kv_dtype, device)
+    return cache, budget, server.max_running_requests or MAX_RUNNING
 
 
 def whole_steps(server: ServerConfig, context: int) -> int:
@@ -168,7 +200,7 @@ def fill_weights(
 ) -> None:
     """Read the checkpoint into the model, with a progress bar where a person is watching."""
     if config.server.load_format == "dummy":
-        random_weights(model.places, seed=config.server.random_seed or 0)
+        random_weights(model.places, seed=config.server.random_seed or 0, beat=beat)
         return
     reader = open_weights(config.model, model_config, model.task)
     with tqdm(

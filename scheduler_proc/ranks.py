@@ -14,10 +14,9 @@ import numpy as np
 import torch
 import zmq
 
-from engine.config import ConfigError, ModelSource, ServerConfig
-from engine.kernels.batch import RaggedBatch
-from engine.kernels.table import Integers, Longs, Program, Rows
-from engine.parallel.group import Group, GroupLostError
+from engine.config import ConfigError, ModelSource, RunConfig
+from engine.config.run import Served
+from engine.parallel.group import DeviceGroup
 from engine.wire.board import BEATS, Heart
 from engine.wire.sockets import Inbox, Outbox, Receiver, Sender
 from engine.wire.to_worker import (
@@ -36,8 +35,6 @@ from engine.wire.to_worker import (
     Replaced,
     ReplaceWeights,
     RevertWeights,
-    RunHead,
-    RunStep,
     ToWorker,
     worker_name,
 )
@@ -148,6 +145,7 @@ class Ranks:
         return exchange
 
     def _join_hosts(self, hosts: Hosts, part: int) -> Exchange:
+        hosts.gather(self.size - 1)  # who is told to join waits for all others, and not for long
         found: list[Exchange] = []
         self.ask(
             Join(None, part, self.patience), Joined,
@@ -155,9 +153,11 @@ class Ranks:
         )  # fmt: skip
         return found[0]
 
-    def meet(self, carrier: Carrier) -> Group:
-        found: list[Group] = []
+    def meet(self, carrier: Carrier) -> DeviceGroup:
+        found: list[DeviceGroup] = []
         path = new_store(self.folder) if self.hosts is None else None
+        if self.hosts is not None:
+            self.hosts.gather(self.size - 1)
         self.ask(
             Meet(path, self.patience), Joined,
             lambda: found.append(open_group(0, self.size, path, self.hosts, carrier, self.patience)),
@@ -223,108 +223,19 @@ def put_together(parts: list[HeldPart], count: int, width: int | None) -> torch.
     return whole
 
 
-def open_ranks(context: zmq.Context[Any], runtime_dir: str, server: ServerConfig, heart: Heart) -> Ranks:
-    """Rank 0's lines to all others. Raises ConfigError where `--dist-init-addr` cannot be had."""
+def open_ranks(context: zmq.Context[Any], config: RunConfig, served: Served, heart: Heart) -> Ranks:
+    """Rank 0's lines to all others. served: what those on other machines are to load.
+
+    Raises ConfigError where `--dist-init-addr` cannot be had.
+    """
+    server, runtime_dir = config.server, config.runtime_dir
     inbox: Inbox[FromWorker] = Inbox(context, runtime_dir, RANKS, FromWorker)
     each = server.tp_size // server.nnodes
     workers: list[Sender[ToWorker]] = [Outbox(context, runtime_dir, worker_name(rank)) for rank in range(1, each)]
     hosts = None
     if server.nnodes > 1:
-        hosts = lead(server)
-        workers += listen_for_hosts(hosts, server, context, inbox)
+        hosts = lead(server, heart.beat)
+        workers += listen_for_hosts(hosts, server, context, inbox, served)
         heart.also = hosts.look
     patience = server.watchdog_timeout + PATIENCE_MARGIN
     return Ranks(workers, inbox, Path(runtime_dir), patience, heart.beat, hosts, each)
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """What a step may hold: ids below `vocabulary`, slots below `slots`, at most `tokens` tokens, positions below
-    `positions`."""
-
-    vocabulary: int
-    slots: int
-    tokens: int
-    positions: int
-
-    def check(self, batch: RaggedBatch, rows: Rows) -> None:
-        """Raise ValueError: what one rank finds out in its step is the end of all of them."""
-        if batch.num_tokens > self.tokens:
-            raise ValueError(f"a step has {batch.num_tokens} tokens; ranks exchange at most {self.tokens}")
-        for name, values, end in (
-            ("token_ids", batch.token_ids.numpy(), self.vocabulary),
-            ("positions", batch.positions.numpy(), self.positions),
-            ("slots", batch.slots.numpy(), self.slots),
-            ("context_slots", batch.context_slots.numpy(), self.slots),
-            ("rows", rows, batch.num_tokens),
-        ):
-            if len(values) and not (values.min() >= 0 and values.max() < end):
-                raise ValueError(
-                    f"{name} of a step reach from {values.min()} to {values.max()}; allowed: 0 to {end - 1}"
-                )
-
-
-@dataclass(slots=True)
-class RankedProgram:
-    """The program of rank 0, which has the others compute with it.
-
-    Once they have been told of a step nothing that goes wrong is this step's alone: what they hold, and how far they
-    have come, is unknown. Raises GroupLostError then, whatever it was (a lack of memory too), and ValueError before.
-    """
-
-    inner: Program
-    ranks: Ranks
-    bounds: Bounds
-
-    def run(self, batch: RaggedBatch, rows: Rows, keep: Longs | None = None) -> torch.Tensor:
-        self.bounds.check(batch, rows)
-        message = run_step(batch, rows, keep)
-        with _together():
-            self.ranks.tell(message)
-            return self.inner.run(batch, rows, keep)
-
-    def logits(self, rows: Rows, keep: Longs | None = None) -> torch.Tensor:
-        message = RunHead(rows.tobytes(), None if keep is None else keep.tobytes())
-        with _together():
-            self.ranks.tell(message)
-            return self.inner.logits(rows, keep)
-
-    def pooled(self) -> torch.Tensor:
-        return self.inner.pooled()
-
-    def routing(self) -> list[Integers]:
-        return self.inner.routing()
-
-    def set_profiling(self, on: bool) -> None:
-        self.inner.set_profiling(on)
-
-    def take_profile(self) -> dict[str, float]:
-        return self.inner.take_profile()
-
-
-@contextmanager
-def _together() -> Iterator[None]:
-    try:
-        yield
-    except GroupLostError:
-        raise
-    except Exception as error:
-        raise GroupLostError(f"rank 0 failed in a step of all ranks: {type(error).__name__}: {error}") from error
-
-
-def run_step(batch: RaggedBatch, rows: Rows, keep: Longs | None) -> RunStep:
-    return RunStep(
-        token_ids=_bytes(batch.token_ids),
-        positions=_bytes(batch.positions),
-        slots=_bytes(batch.slots),
-        query_starts=list(batch.query_starts),
-        context_lengths=list(batch.context_lengths),
-        context_slots=_bytes(batch.context_slots),
-        type_ids=None if batch.type_ids is None else _bytes(batch.type_ids),
-        rows=rows.tobytes(),
-        keep=None if keep is None else keep.tobytes(),
-    )
-
-
-def _bytes(values: torch.Tensor) -> bytes:
-    return values.numpy().tobytes()

@@ -28,7 +28,7 @@ HEAD_ROWS = 128
 @dataclass(frozen=True, slots=True)
 class Runner:
     """The model's step over its KV pool. backend: the program's, for the logprobs of prompts. recorder: None where none
-    was asked for. divided: the logits come from several ranks, and those that nobody looks at are not fetched."""
+    was asked for. divided: the logits come from several ranks, and those that nobody looks at need not be fetched."""
 
     program: Program
     backend: Backend

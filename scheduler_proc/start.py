@@ -13,6 +13,7 @@ import zmq
 from engine.checkpoints.errors import CheckpointError
 from engine.config import ConfigError, RunConfig
 from engine.config.environment import switch, time_limit
+from engine.config.run import Served
 from engine.kernels.queued import QueueingProgram
 from engine.parallel.group import GroupLostError
 from engine.wire.board import Heart
@@ -23,16 +24,18 @@ from engine.wire.to_worker import RANKS, FromWorker, Loaded, ToWorker, worker_na
 from scheduler_proc.answers import Answers
 from scheduler_proc.company import ALONE
 from scheduler_proc.gpus import GPUS, Gpus
-from scheduler_proc.hosts import follow, lines_to_rank_0
+from scheduler_proc.hosts import follow, lines_to_rank_0, served_there
 from scheduler_proc.kv_memory import KvMemory
 from scheduler_proc.load import LARGEST_CHUNK, Engine, largest_step, load_engine, longest_request
 from scheduler_proc.memory import Memory
 from scheduler_proc.planner import Planner, PlannerLimits
-from scheduler_proc.ranks import Bounds, RankedProgram, open_ranks
+from scheduler_proc.ranked_program import Bounds, ranked
+from scheduler_proc.ranks import open_ranks
 from scheduler_proc.record_spool import Spool
 from scheduler_proc.recorder import Recorder, recorder_settings
 from scheduler_proc.runner import Runner
-from scheduler_proc.scheduler import Scheduler, SchedulerSettings
+from scheduler_proc.scheduler import Scheduler
+from scheduler_proc.settings import SchedulerSettings
 from scheduler_proc.statistics import Statistics
 from scheduler_proc.step_memory import StepMemory
 from scheduler_proc.weight_updates import WeightUpdates
@@ -60,7 +63,7 @@ def main(started: float, gpus: Gpus = GPUS) -> None:
         sys.exit(f"error: {error}")
     except (WeightsLostError, GroupLostError) as error:
         logger.critical("Rank %d ends: %s", options.rank, error)
-        leave()  # what carries the group would wait for the ranks that are gone
+        leave()  # what carries the group would wait for the ranks that are gone, and so may a thread
 
 
 def schedule(config: RunConfig, started: float, gpus: Gpus = GPUS) -> None:
@@ -69,19 +72,19 @@ def schedule(config: RunConfig, started: float, gpus: Gpus = GPUS) -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     inbox: Inbox[ToScheduler] = Inbox(context, config.runtime_dir, NAME, ToScheduler)
     heart = Heart(config.runtime_dir, NAME)
-    ranks = None
+    ranks, moved = None, config.model if config.launched else None
     if server.tp_size > 1:
-        ranks = open_ranks(context, config.runtime_dir, server, heart)
+        served = Served(source=moved, weight_version=server.weight_version)
+        ranks = open_ranks(context, config, served, heart)
     engine = load_engine(config, started=started, beat=heart.beat, company=ranks or ALONE, gpus=gpus)
     program, loop_settings = engine.program, settings(config, engine, started)
     if ranks is not None:
         ranks.loaded()
-        program = RankedProgram(program, ranks, bounds(config, engine))
-    moved = config.model if config.launched else None
+        program = ranked(program, ranks, bounds(config, engine))
     weights = Weights(engine.model, engine.checkpoint, config, moved=moved, ranks=ranks)
     overlaps = engine.task.kind == "generation" and not server.disable_overlap_schedule
     queueing = program if isinstance(program, QueueingProgram) and overlaps else None
-    divided = ranks is not None and engine.task.kind == "generation"
+    divided = ranks is not None and engine.task.kind == "generation" and not isinstance(program, QueueingProgram)
     scheduler = Scheduler(
         settings=loop_settings,
         planner=Planner(planner_limits(config, engine), memory(config, engine)),
@@ -116,12 +119,13 @@ def work(config: RunConfig, rank: int, started: float, gpus: Gpus = GPUS) -> Non
     outbox: Outbox[FromWorker]
     if hosts is not None and server.node_rank:
         inbox, outbox = lines_to_rank_0(hosts, rank, context, heart.beat)
+        config = served_there(hosts, config)
     else:
         inbox = Inbox(context, config.runtime_dir, name, ToWorker)
         outbox = Outbox(context, config.runtime_dir, RANKS)
     line = Line(rank, server.tp_size, inbox, outbox, heart.beat, hosts, server.tp_size // server.nnodes)
     engine = load_engine(config, started=started, beat=heart.beat, company=line, gpus=gpus)
-    weights = Weights(engine.model, engine.checkpoint, config)
+    weights = Weights(engine.model, engine.checkpoint, config, beat=heart.beat)
     worker = Worker(line, engine.program, weights, recorder(config, engine, rank))
     outbox.send(Loaded(rank))
     report_ready(context, config, name)

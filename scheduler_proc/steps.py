@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 
@@ -22,12 +19,8 @@ from engine.config import faults
 from engine.kernels.queued import QueueingProgram
 from engine.kernels.table import Backend
 from engine.parallel.group import GroupLostError
-from engine.wire.failures import internal_error
 from engine.wire.results import Finish
-from engine.wire.to_detokenizer import NO_TOKEN
-from engine.wire.to_frontend import Ended
-from scheduler_proc.answers import Sender
-from scheduler_proc.generation import Generation
+from scheduler_proc.emission import Emission
 from scheduler_proc.operation import Operation
 from scheduler_proc.outputs import StepRows
 from scheduler_proc.overlap import Flight, is_plain, launch, may_plan_ahead
@@ -37,36 +30,30 @@ from scheduler_proc.runner import Runner
 from scheduler_proc.sampler import SampledRow, sample, sampled_rows
 from scheduler_proc.statistics import Statistics
 from scheduler_proc.trials import Trials
-from scheduler_proc.vectors import is_finite, vectors_message
 
 logger = logging.getLogger(__name__)
 
-NOT_FINITE = "The vector of this request is not finite: the model's weights or its dtype do not suit it."
 OUT_OF_MEMORY = "Out of memory even after retracting all other requests in the decode batch. Aborting the last request."
 
 
 @dataclass(slots=True)
 class Steps:
-    """drop: forgets a request, wherever it is, and what it holds. requests: all of the scheduler's.
+    """requests: all of the scheduler's. eos_ids, original_logprobs, task: as in the settings of the scheduler.
 
-    eos_ids, original_logprobs, task: as in the settings of the scheduler. queueing: the program, where steps overlap.
-    flight: the step that is computed now, where they do.
+    queueing: the program, where steps overlap. flight: the step that is computed now, where they do.
     """
 
     planner: Planner
     trials: Trials
     runner: Runner
     backend: Backend
-    outbox: Sender
     statistics: Statistics
     operation: Operation
     requests: dict[int, Request]
-    generation: Generation
-    drop: Callable[[Request], None]
+    emission: Emission
     eos_ids: list[int]
     original_logprobs: bool
     task: Task
-    _failed: bool = False
     _short: bool = False
     _room: int | None = None
     queueing: QueueingProgram | None = None
@@ -84,7 +71,7 @@ class Steps:
             return
         if self.flight is not None:
             self.collect(rows)
-            self.send(rows)
+            self.emission.send(rows)
             rows = StepRows()  # a request has one row of a message
         plan = self._plan(rows)
         self.operation.mark("plan")
@@ -100,10 +87,10 @@ class Steps:
 
     def _end_step(self, plan: list[Extend], rows: StepRows) -> None:
         self.trials.end_step()
-        self.send(rows)
+        self.emission.send(rows)
         self.operation.end_step(plan)
-        if self._failed:
-            self._failed = False
+        if self.emission.failed:
+            self.emission.failed = False
             self.planner.memory.check(self.planner.running)
 
     def collect(self, rows: StepRows) -> None:
@@ -152,33 +139,8 @@ class Steps:
             for request, row in zip(flight.requests, made, strict=True)
             if self.requests.get(request.key) is request
         ]
-        self._emit_all(live, rows)
+        self.emission.emit(live, rows)
         self.statistics.step(flight.plan, len(live), seconds, self.planner)
-
-    def send(self, rows: StepRows) -> None:
-        """Send rows; should that fail, each by itself, so that only the row that cannot be sent is lost."""
-        if not rows.keys:
-            return
-        try:
-            self.outbox.send(rows.message(self.generation.weight_version))
-            return
-        except Exception:
-            logger.exception("The rows of a step cannot be sent together; each is sent by itself")
-        for part in rows.single():
-            try:
-                self.outbox.send(part.message(self.generation.weight_version))
-            except Exception as error:
-                self.fail(part.requests[0], error, "sending")
-
-    def fail(self, request: Request, error: Exception, doing: str = "computing") -> None:
-        """End `request` alone with status 500. It may be running, waiting, or gone from here already."""
-        self._end_failed(request, internal_error(logger, doing, request.admit.rid, error))
-
-    def _end_failed(self, request: Request, finish: Finish) -> None:
-        self._failed = True
-        if self.requests.get(request.key) is request:
-            self.drop(request)
-        self.outbox.send(Ended(request.key, request.admit.attempt, finish, "scheduler"))
 
     def _plan(self, rows: StepRows) -> list[Extend]:
         """What is to be computed. A request that cannot be planned ends, and the next step is planned without it."""
@@ -194,7 +156,7 @@ class Steps:
             plan = []
             if request in self.planner.waiting:
                 self.planner.memory.detach(request)
-            self.fail(request, error, "planning")
+            self.emission.fail(request, error, "planning")
         for request in hopeless:
             del self.requests[request.key]
             rows.add(request, finish=Finish("abort", message=OUT_OF_MEMORY, status=500))
@@ -214,14 +176,14 @@ class Steps:
                 logger.warning("Memory ran out in a step of %d tokens; %d are tried", _size(plan), _size(kept))
                 return self._compute(kept, rows)
             logger.error("Request %s ends: there is no memory for it alone", plan[0].request.admit.rid)
-            self._end_failed(plan[0].request, Finish("abort", message=OUT_OF_MEMORY, status=500))
+            self.emission.end_failed(plan[0].request, Finish("abort", message=OUT_OF_MEMORY, status=500))
             self.planner.room = self._room  # it was this one's doing, and no shortage
             return 0
         if len(plan) > 1:
             logger.warning("The step failed again; each of its %d requests is computed by itself", len(plan))
             return sum(self._compute([step], rows, attempts=1) for step in plan)
         self._send_back(plan, [])
-        self.fail(plan[0].request, outcome)
+        self.emission.fail(plan[0].request, outcome)
         return 0
 
     def _run(self, plan: list[Extend], attempts: int) -> tuple[torch.Tensor, list[Request]] | Exception:
@@ -252,22 +214,13 @@ class Steps:
         self.operation.mark("forward")
         if self.task.kind != "generation":
             self._store_prefills(plan)
-            self._emit_vectors(requests, logits)
+            self.emission.emit_vectors(requests, logits, self.runner.program.pooled)
             return 0
         sampled = self._sample(plan, logits, requests)
         self.operation.mark("sample")
         self._store_prefills(plan)
-        self._emit_all(sampled, rows)
+        self.emission.emit(sampled, rows)
         return len(sampled)
-
-    def _emit_all(self, sampled: list[tuple[Request, SampledRow]], rows: StepRows) -> None:
-        for request, row in sampled:
-            try:
-                if faults.armed:
-                    faults.spring("emit", request.known)
-                self._emit(request, row, rows)
-            except Exception as error:
-                self.fail(request, error, "emitting")
 
     def _sample(
         self, plan: list[Extend], logits: torch.Tensor, requests: list[Request]
@@ -291,7 +244,7 @@ class Steps:
             except GroupLostError:
                 raise
             except Exception as error:
-                self.fail(request, error, "sampling")
+                self.emission.fail(request, error, "sampling")
         return sampled
 
     def _sampled(self, logits: torch.Tensor, requests: list[Request]) -> list[SampledRow]:
@@ -306,65 +259,6 @@ class Steps:
             # A request that comes back prefills its earlier output too, perhaps in one chunk with its prompt.
             if step.count > 1 or step.request.computed <= step.request.prompt_length:
                 self.planner.memory.store(step.request)
-
-    def _emit(self, request: Request, row: SampledRow, rows: StepRows) -> None:
-        """Take a sampled token into its request, and end that if this was its last."""
-        if request.max_new_tokens <= request.generated:  # a prompt that is only to be computed
-            logprobs = row.logprobs and msgspec.structs.replace(row.logprobs, logprob=None, top=None)
-            self._end(request, NO_TOKEN, _length(request), rows, logprobs)
-            return
-        if row.token is None:
-            self._end(request, NO_TOKEN, Finish("stop", matched="NaN happened"), rows)
-            return
-        if request.queued:
-            request.queued -= 1
-        request.append(row.token)
-        finish = self._finish(request, row.token)
-        if finish is None:
-            rows.add(request, row.token, logprobs=row.logprobs)
-        else:
-            self._end(request, row.token, finish, rows, row.logprobs)
-
-    def _end(self, request: Request, token: int, finish: Finish, rows: StepRows, logprobs: Any = None) -> None:
-        rows.add(request, token, finish, logprobs)
-        self.drop(request)
-
-    def _finish(self, request: Request, token: int) -> Finish | None:
-        """Whether `token`, the newest, ends the request (contract §6.3, rows 4 and 5)."""
-        sampling = request.admit.sampling
-        if not sampling.ignore_eos and (token in self.eos_ids or token in sampling.stop_token_ids):
-            return Finish("stop", matched=token)
-        return _length(request) if request.generated >= request.max_new_tokens else None
-
-    def _emit_vectors(self, requests: list[Request], heads: torch.Tensor) -> None:
-        """End the requests whose prompts are computed, row i of `heads` [R, W] being that of requests[i]."""
-        if not requests:
-            return
-        made = heads.cpu().numpy()
-        good = [i for i in range(len(requests)) if is_finite(made[i])]
-        for i in sorted(set(range(len(requests))) - set(good)):
-            self._end_failed(requests[i], Finish("abort", message=NOT_FINITE, status=500))
-        parts = [good] if good else []
-        for part in parts:
-            kept = [requests[i] for i in part]
-            try:
-                if faults.armed:
-                    for request in kept:
-                        faults.spring("emit", request.known)
-                hidden = self.runner.program.pooled().cpu().numpy()[part]
-                message = vectors_message(
-                    kept, [made[i] for i in part], hidden, self.task, self.generation.weight_version
-                )
-                self.outbox.send(message)
-            except Exception as error:
-                if len(part) > 1:
-                    logger.exception("The vectors of a step cannot be sent together; each is sent by itself")
-                    parts += [[i] for i in part]
-                    continue
-                self.fail(kept[0], error, "emitting")
-                continue
-            for request in kept:
-                self.drop(request)
 
 
 def halved(plan: list[Extend], *, chunked: bool) -> list[Extend]:
@@ -385,7 +279,3 @@ def halved(plan: list[Extend], *, chunked: bool) -> list[Extend]:
 
 def _size(plan: list[Extend]) -> int:
     return sum(step.count for step in plan)
-
-
-def _length(request: Request) -> Finish:
-    return Finish("length", length=request.max_new_tokens)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from engine.checkpoints.weights import Place, WeightReader
 from engine.config import ModelSource, RunConfig
 from engine.kernels.host_memory import available_memory
 from engine.models.model import Model
+from engine.parallel.group import GroupLostError
 from engine.wire.to_worker import HeldPart
 from scheduler_proc.ranks import Ranks
 from scheduler_proc.same_model import config_differences, task_differences
@@ -80,7 +82,8 @@ def launched_checkpoint(config: RunConfig) -> Checkpoint:
 class Weights:
     """model: whose places are filled from `serving`. launch: the configuration of the launch.
     moved: the checkpoint that serves, if it is not that of the launch. ranks: of a divided model, on rank 0; None: it
-    is not divided, or this is another rank. before: what served before the last `replace` that has succeeded.
+    is not divided, or this is another rank. before: what served before the last `replace` that has succeeded. beat:
+    called while tensors are copied, as a sign of life.
 
     `prepare` may run while steps are computed, `replace` may not.
     """
@@ -92,6 +95,7 @@ class Weights:
     moved: ModelSource | None = None
     ranks: Ranks | None = None
     before: Checkpoint | None = None
+    beat: Callable[[], None] = lambda: None
 
     def prepare(self, model_path: str, load_format: str | None) -> Prepared:
         """Find a checkpoint, open it and make sure that it fits. Raises RefusedUpdateError."""
@@ -174,9 +178,11 @@ class Weights:
         self.before = None
         started = time.monotonic()
         try:
-            copy_weights(prepared.reader, self.model.places)
+            copy_weights(prepared.reader, self.model.places, progress=self._beat)
             if file_stamps(prepared.checkpoint.source) != prepared.checkpoint.stamps:
                 raise CheckpointError(f"{prepared.checkpoint.source.path} was changed while it was read")
+        except GroupLostError:
+            raise
         except Exception as error:
             logger.exception("The weights of %s could not be copied", prepared.checkpoint.source.name)
             self._restore(error)
@@ -251,19 +257,24 @@ class Weights:
         check_fit(reader, self.model.places, self.model.ignored)
         check_readable(reader, self.model.places)
 
+    def _beat(self, done: int, total: int) -> None:
+        self.beat()
+
     def _restore(self, failure: Exception) -> None:
         """Read the checkpoint that served before again. Raises WeightsLostError."""
         old = self.serving
         try:
             if old.random:
-                random_weights(self.model.places, seed=self.launch.server.random_seed or 0)
+                random_weights(self.model.places, seed=self.launch.server.random_seed or 0, beat=self.beat)
                 return
             if file_stamps(old.source) != old.stamps:
                 raise CheckpointError(f"{old.source.path} is not what it was when it was loaded")
             config = read_model_config(old.source, self.launch.server.json_model_override_args)
             reader = open_weights(old.source, config, self.model.task, mapped=False)
             check_fit(reader, self.model.places, self.model.ignored)
-            copy_weights(reader, self.model.places)
+            copy_weights(reader, self.model.places, progress=self._beat)
+        except GroupLostError:
+            raise
         except Exception as error:
             raise WeightsLostError(
                 f"an update of the weights broke off ({failure}), and the old weights cannot be read again: {error}"

@@ -15,8 +15,9 @@ import torch
 
 from engine.config import ConfigError
 from engine.kernels.batch import RaggedBatch, offsets
+from engine.kernels.queued import QueueingProgram
 from engine.kernels.table import Longs, Program
-from engine.parallel.group import Group
+from engine.parallel.group import DeviceGroup
 from engine.wire.board import BEATS
 from engine.wire.operation import Tune
 from engine.wire.sockets import Receiver, Sender
@@ -100,7 +101,7 @@ class Line:
         self.outbox.send(Joined(self.rank))
         return exchange
 
-    def meet(self, carrier: Carrier) -> Group:
+    def meet(self, carrier: Carrier) -> DeviceGroup:
         message = self._asked_to("cuda")
         assert isinstance(message, Meet)
         group = open_group(self.rank, self.size, message.path, self.hosts, carrier, message.patience)
@@ -142,7 +143,11 @@ class Worker:
         match message:
             case RunStep():
                 batch = ragged_batch(message)
-                self.program.run(batch, _longs(message.rows), _keep(message.keep))
+                if message.sources is None:
+                    self.program.run(batch, _longs(message.rows), _keep(message.keep))
+                else:
+                    assert isinstance(self.program, QueueingProgram), "rank 0 queues a step, and this rank cannot"
+                    self.program.queue(batch, _longs(message.rows), _longs(message.sources), None, None)
                 if self.recorder is not None:
                     self.recorder.note(batch, self.program.routing)
             case RunHead(rows, keep):

@@ -38,6 +38,9 @@ class ThreadGroup:
         parts = self._meet(x)
         return parts if self.rank == 0 else None
 
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack(self._meet(x))
+
     def _meet(self, x: torch.Tensor) -> list[torch.Tensor]:
         self.meeting.brought[self.rank] = x
         self.meeting.barrier.wait(20)

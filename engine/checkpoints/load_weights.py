@@ -162,15 +162,16 @@ def check_readable(reader: WeightReader, places: Mapping[str, Place]) -> None:
         next(reader.pieces(name), None)
 
 
-def random_weights(places: Mapping[str, Place], seed: int) -> None:
+def random_weights(places: Mapping[str, Place], seed: int, beat: Callable[[], None] = lambda: None) -> None:
     """Fill a model with random weights that depend on the seed and each tensor's name and shape alone.
 
-    Uniform around 0 with a standard deviation of 0.02; the weights of norms are 1.
+    Uniform around 0 with a standard deviation of 0.02; the weights of norms are 1. beat: called again and again.
     """
     for name, place in places.items():
         digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
         for start, stop in row_ranges(place.shape):
+            beat()
             rows = torch.empty((stop - start, *place.shape[1:]), dtype=torch.float32)
             if name.lower().endswith("norm.weight"):
                 rows.fill_(1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from datetime import timedelta
@@ -11,8 +12,12 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from engine.config import ConfigError
 from engine.kernels import _cpu
 from engine.parallel.group import GroupLostError
+from engine.wire.addresses import address_of
+
+logger = logging.getLogger(__name__)
 
 INTERFACE = "GLOO_SOCKET_IFNAME"
 
@@ -45,14 +50,27 @@ def open_carried_exchange(
 
 def choose_interface(host: str, port: int) -> None:
     """Have gloo use the interface on which this host reaches another one, unless the environment names one: by itself
-    it takes that of the host's name, which is often the loopback's."""
-    if os.environ.get(INTERFACE):
+    it takes that of the host's name, which is often the loopback's.
+
+    Raises ConfigError for an interface that this host lacks, and OSError where the other one has no address or cannot
+    be reached.
+    """
+    interfaces = psutil.net_if_addrs()
+    if named := os.environ.get(INTERFACE):
+        if lacking := [name for name in named.split(",") if name not in interfaces]:
+            there = ", ".join(sorted(interfaces))
+            raise ConfigError(f"{INTERFACE} is {named!r}: this machine has no interface {lacking[0]!r}, but {there}")
         return
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    family, number, full = address_of(host, port)
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(address)  # sends nothing, and picks the route
+        probe.connect(full)  # sends nothing, and picks the route
         own = probe.getsockname()[0]
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(one.address.split("%")[0] == own for one in addresses):
+    for name, addresses in interfaces.items():
+        if own in [one.address.partition("%")[0] for one in addresses]:
             os.environ[INTERFACE] = name
             return
+    there = ", ".join(f"{name} ({', '.join(one.address for one in found)})" for name, found in interfaces.items())
+    logger.warning(
+        "%s is reached from %s, which is no address of an interface here (%s): gloo takes the one of this host's name, "
+        "unless %s names another", number, own, there, INTERFACE,
+    )  # fmt: skip

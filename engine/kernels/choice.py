@@ -14,7 +14,7 @@ from engine.config.environment import setting
 from engine.kernels.cores import physical_cores, share_of
 from engine.kernels.eager import EagerBackend
 from engine.kernels.table import Backend
-from engine.parallel.group import ALONE, Group
+from engine.parallel.group import ALONE, DeviceGroup
 
 if TYPE_CHECKING:
     from engine.kernels._cpu import Exchange
@@ -92,7 +92,7 @@ def take_gpu(first: int, place: tuple[int, int]) -> torch.device:
     return device
 
 
-def open_gpu(device: torch.device, group: Group = ALONE) -> Backend:
+def open_gpu(device: torch.device, group: DeviceGroup = ALONE) -> Backend:
     """The backend on a GPU, or on "cpu", where Triton's interpreter runs the same kernels. Raises ConfigError without
     triton."""
     try:

@@ -1,19 +1,33 @@
-"""The head of a model whose vocabulary is divided among ranks: each computes the logits of its part, and rank 0 gets
-of them what it samples from, which is seldom more than a few of each row."""
+"""The head of a model whose vocabulary is divided among ranks: each computes the logits of its part.
+
+On CPUs rank 0 gets of them what it samples from, which is seldom more than a few of each row. GPUs have quick lines and
+do not like to be waited for: there every rank gets all of them within the step.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
 from engine.kernels.batch import RaggedBatch
-from engine.kernels.table import Backend, Integers, Longs, Program, Rows
+from engine.kernels.table import Backend, Integers, Longs, Ops, Program, Rows
 from engine.parallel.division import Part
 
 MOST_KEPT = 256
 """Rows of which more logits are wanted than so many are gathered whole: finding the largest would cost more."""
+
+
+@runtime_checkable
+class JoinsHeads(Protocol):
+    """A backend that puts the ranks' logits together on the device."""
+
+    def joined_head(self, head: Callable[[Ops, Any], Any], part: Part) -> Callable[[Ops, Any], Any]:
+        """Of a head that makes logits [R, part.size] one that makes [R, part.total], on every rank."""
+        ...
 
 
 @dataclass(slots=True)

@@ -12,9 +12,12 @@ from engine.wire.board import Board
 
 log = logging.getLogger(__name__)
 
-LOADING_SHARE, LOADING_MARGIN = 4.0, 5.0
+FIRST_LOAD = 120.0
+"""Seconds that a process may be silent, at least, while it loads what its program has not loaded before."""
+LOADING_SHARE, LOADING_MARGIN, LOADING_MOST = 4.0, 5.0, 600.0
 """A process that loads may be silent for so many times as long as its program has taken to load before, and for so many
-seconds more: imports beat no heart, and the system's cache may have become cold."""
+seconds more: imports beat no heart, and the system's cache may have become cold. But only for so many seconds: a load
+may have taken long because it waited for another machine."""
 
 
 @dataclass
@@ -56,8 +59,9 @@ class Watchdog:
         silent = now - max(child.started if beat is None else beat, self._awake)
         patience = self.timeout
         if not is_ready:
-            loading = self.loading.get(child.program.name, 0.0)
-            patience = max(patience, LOADING_SHARE * loading + LOADING_MARGIN)
+            loading = self.loading.get(child.program.name)
+            share = FIRST_LOAD if loading is None else LOADING_SHARE * loading + LOADING_MARGIN
+            patience = max(patience, min(share, LOADING_MOST))
         pid = child.process.pid
         if silent > patience:
             log.error("%s (pid %d) has shown no sign of life for %.1f s: killing it", child.program.title, pid, silent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,7 +17,7 @@ from engine.checkpoints.weights import Place
 from engine.kernels.batch import RaggedBatch
 from engine.kernels.kv_cache import KvCache
 from engine.kernels.table import Activation, Backend, MoeWeights, Ops, Program, RotaryFrequencies
-from engine.kernels.vocabulary import VocabularyGather
+from engine.kernels.vocabulary import JoinsHeads, VocabularyGather
 from engine.layers.activations import activation_named
 from engine.layers.heads import head_output
 from engine.layers.held import held_config
@@ -64,9 +65,12 @@ class Decoder:
         return weight_bytes(self.weights)
 
     def program(self, cache: KvCache) -> Program:
-        program = self.backend.compile(self._hidden, self._head, cache, self.dtype, self.task.pooling)
-        divided = self.division.ranks > 1 and self.task.kind == "generation"
-        return VocabularyGather(program, self.backend, self.division.vocabulary) if divided else program
+        divided, part = self.division.ranks > 1 and self.task.kind == "generation", self.division.vocabulary
+        head: Callable[[Ops, torch.Tensor], Any] = self._head
+        if divided and isinstance(self.backend, JoinsHeads):
+            divided, head = False, self.backend.joined_head(head, part)
+        program = self.backend.compile(self._hidden, head, cache, self.dtype, self.task.pooling)
+        return VocabularyGather(program, self.backend, part) if divided else program
 
     @property
     def _causal(self) -> bool:

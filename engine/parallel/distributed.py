@@ -29,7 +29,7 @@ _DTYPES = (
 
 @dataclass(frozen=True, eq=False)
 class DistributedGroup:
-    """See `engine.parallel.group.Group`. Results are on `device`, where what is said lies or is moved to.
+    """See `engine.parallel.group.DeviceGroup`. Results are on `device`, where what is said lies or is moved to.
 
     carried: a process group of the library's, which knows nothing of the process's default one. patience: how long a
     call waits for the others.
@@ -38,8 +38,9 @@ class DistributedGroup:
     x and on where in it an entry lies. Of n ranks each receives (n - 1) x bytes; with a ring it were 2 (n - 1) / n.
     For 2 ranks that is the same, for 4 twice and for 8 four times as many.
 
-    With NCCL a sum is only queued, as all of a step is, and a rank that is gone shows at the next gather, which waits
-    for all that is queued: patience must be longer than a step.
+    With NCCL all but `gather` is only queued, as the rest of a step is. A rank that is gone shows to whoever waits for
+    the device: to `gather` after `patience`, which must be longer than a step, and to others never, so that the
+    launcher, who sees it go, has to end them.
     """
 
     rank: int
@@ -49,11 +50,11 @@ class DistributedGroup:
     patience: timedelta
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        if not x.numel():
-            return x
+        return in_order(list(self.all_gather(x))) if x.numel() else x
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         with lost(self):
-            parts = self._all(x.to(self.device).contiguous(), waits=self.device.type == "cpu")
-        return in_order(list(parts))
+            return self._all(x.to(self.device).contiguous(), waits=self.device.type == "cpu")
 
     def gather(self, x: torch.Tensor) -> list[torch.Tensor] | None:
         """Shapes and dtypes first, from all to all, then the elements to rank 0, padded to the most bytes. Waits."""

@@ -94,7 +94,7 @@ def divide(config: ModelConfig, rank: int = 0, ranks: int = 1) -> Division:
             if moe is not None and moe.shared_intermediate_size
             else None
         ),
-        vocabulary=divide_evenly(config.vocab_size, rank, ranks),
+        vocabulary=even_parts(config.vocab_size, ranks)[rank],
     )
 
 
@@ -114,6 +114,11 @@ def divide_evenly(total: int, rank: int, ranks: int, weights: list[float] | None
         bounds.append(min(max(wanted, bounds[-1] + 1), cells - (ranks - number)))
     bounds = [bound * granule for bound in bounds[:-1]] + [total]
     return Part(bounds[rank], bounds[rank + 1], total)
+
+
+def even_parts(total: int, ranks: int) -> list[Part]:
+    """Every rank's part."""
+    return [divide_evenly(total, rank, ranks) for rank in range(ranks)]
 
 
 def divide_heads(heads: int, kv_heads: int, rank: int, ranks: int) -> tuple[Part, Part]:

@@ -35,6 +35,14 @@ class Group(Protocol):
         ...
 
 
+class DeviceGroup(Group, Protocol):
+    """Ranks with a GPU each. Sums and `all_gather` are queued there, as kernels are."""
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        """All ranks' x, of one shape and dtype, on every rank: [size, *x.shape]."""
+        ...
+
+
 @dataclass(frozen=True)
 class Alone:
     """The group of a model that is not divided."""
@@ -47,6 +55,9 @@ class Alone:
 
     def gather(self, x: torch.Tensor) -> list[torch.Tensor]:
         return [x]
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        return x[None]
 
 
 ALONE = Alone()

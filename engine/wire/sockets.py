@@ -8,6 +8,8 @@ from typing import Any, Generic, Protocol, TypeVar
 import msgspec
 import zmq
 
+from engine.wire.addresses import tcp
+
 T = TypeVar("T")
 M = TypeVar("M", contravariant=True)
 R = TypeVar("R")
@@ -21,6 +23,18 @@ UNREADABLE = (msgspec.DecodeError, ValueError, RecursionError, MemoryError)
 def endpoint(runtime_dir: str, name: str) -> str:
     """ZeroMQ address of the inbox of process `name`."""
     return f"ipc://{runtime_dir}/{name}.sock"
+
+
+def _bind(socket: zmq.Socket[bytes], host: str) -> str:
+    address = tcp(host)
+    socket.setsockopt(zmq.IPV6, "[" in address)
+    socket.bind(address)
+    return socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+
+def _connect(socket: zmq.Socket[bytes], address: str) -> None:
+    socket.setsockopt(zmq.IPV6, "[" in address)
+    socket.connect(address)
 
 
 class Inbox(Generic[T]):
@@ -40,7 +54,7 @@ class Inbox(Generic[T]):
         """The inbox of a process on another host than its one sender, which has bound `address` (`Outbox.bound`)."""
         inbox = cls.__new__(cls)
         inbox._open(context, name, kind)
-        inbox._socket.connect(address)
+        _connect(inbox._socket, address)
         return inbox
 
     def _open(self, context: zmq.Context[Any], name: str, kind: Any) -> None:
@@ -51,8 +65,7 @@ class Inbox(Generic[T]):
 
     def also_at(self, host: str) -> str:
         """Receive from other hosts as well: bind a free port of the address `host`. Returns where they connect to."""
-        self._socket.bind(f"tcp://{host}:*")
-        return self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        return _bind(self._socket, host)
 
     def fileno(self) -> int:
         """Descriptor for an event loop. It is edge-triggered: call `drain` until it returns nothing."""
@@ -108,7 +121,7 @@ class Outbox(Generic[T]):
         """To an inbox on another host (`Inbox.also_at`)."""
         outbox = cls.__new__(cls)
         outbox._open(context)
-        outbox._socket.connect(address)
+        _connect(outbox._socket, address)
         return outbox
 
     @classmethod
@@ -116,8 +129,7 @@ class Outbox(Generic[T]):
         """To a process on another host, which connects to the address that is returned (`Inbox.connected`)."""
         outbox = cls.__new__(cls)
         outbox._open(context)
-        outbox._socket.bind(f"tcp://{host}:*")
-        return outbox, outbox._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        return outbox, _bind(outbox._socket, host)
 
     def _open(self, context: zmq.Context[Any]) -> None:
         self._encoder = msgspec.msgpack.Encoder()

@@ -51,7 +51,10 @@ class Begin(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class RunStep(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Compute a step. The fields are those of a `RaggedBatch`, and what `Program.run` takes; tensors as int64 bytes."""
+    """Compute a step. The fields are those of a `RaggedBatch`, and what `Program.run` takes; tensors as int64 bytes.
+
+    sources: for a step that is to be queued, what `QueueingProgram.queue` takes.
+    """
 
     token_ids: bytes
     positions: bytes
@@ -62,6 +65,7 @@ class RunStep(msgspec.Struct, frozen=True, array_like=True, tag=True):
     type_ids: bytes | None
     rows: bytes
     keep: bytes | None
+    sources: bytes | None = None
 
 
 class RunHead(msgspec.Struct, frozen=True, array_like=True, tag=True):

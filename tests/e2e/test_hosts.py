@@ -26,9 +26,8 @@ PROMPTS = [[5, 9, 13, 7], [40, 41, 42, 43, 44, 45], [7] * 30]
 FLAGS = ("--dtype", "float32", "--max-total-tokens", "2048", "--cpu-threads", "1", "--skip-tokenizer-init")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+def free_port(host: str = "127.0.0.1") -> int:
+    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         return int(probe.getsockname()[1])
 
 
@@ -56,12 +55,24 @@ def machine(
 
 
 @contextmanager
-def two_machines(model: Path, folder: Path) -> Iterator[tuple[LiveServer, psutil.Process, Path]]:
-    """Machine 0, and the launcher and the log of machine 1."""
-    shared = (*FLAGS, "--tp-size", "2", "--nnodes", "2", "--dist-init-addr", f"127.0.0.1:{free_port()}")
+def two_machines(
+    model: Path, folder: Path, *flags: str, host: str = "127.0.0.1"
+) -> Iterator[tuple[LiveServer, psutil.Process, Path]]:
+    """Machine 0, and the launcher and the log of machine 1. host: where they meet."""
+    meeting = f"{host}:{free_port(host.strip('[]'))}"
+    shared = (*FLAGS, *flags, "--tp-size", "2", "--nnodes", "2", "--dist-init-addr", meeting)
     log = folder / "machine1.log"
     with machine(1, model, shared, log) as second, running_server(*shared, model=model) as server:
         yield server, psutil.Process(second.pid), log
+
+
+def rank_of(machine: psutil.Process) -> psutil.Process:
+    """The one rank that machine 1 computes now. Raises StopIteration where there is none."""
+    return next(
+        one
+        for one in machine.children()
+        if one.status() != psutil.STATUS_ZOMBIE and "scheduler tp1" in " ".join(one.cmdline())
+    )
 
 
 BODY = {
@@ -95,7 +106,7 @@ def test_two_machines_answer_like_one_and_survive_each_other(model: Path, tmp_pa
     with two_machines(model, tmp_path) as (server, machine, log):
         assert answers(server) == wanted
         assert "computes scheduler tp1 for 127.0.0.1:" in log.read_text()
-        next(one for one in machine.children() if "scheduler tp1" in " ".join(one.cmdline())).kill()
+        rank_of(machine).kill()
         assert answers(server) == wanted, "after the death of the other machine's rank"
         psutil.Process(pid_of(server, "scheduler")).send_signal(signal.SIGKILL)
         assert answers(server) == wanted, "after the death of rank 0"
@@ -105,11 +116,32 @@ def test_two_machines_answer_like_one_and_survive_each_other(model: Path, tmp_pa
             time.sleep(0.1)
 
 
+def has_ipv6() -> bool:
+    try:
+        free_port("::1")
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+def test_machines_that_meet_at_an_address_of_ipv6(tmp_path: Path) -> None:
+    model = tiny_llama(tmp_path / "model")
+    with running_server(*FLAGS, model=model) as alone:
+        wanted = answers(alone)
+    with two_machines(model, tmp_path, host="[::1]") as (server, _, log):
+        assert answers(server) == wanted
+        assert "computes scheduler tp1 for [::1]:" in log.read_text()
+
+
 @contextmanager
-def two_namespaces() -> Iterator[tuple[str, str, str]]:
+def two_namespaces(family: socket.AddressFamily) -> Iterator[tuple[str, str, str]]:
     """Two networks joined by a wire: their names, and the address of the first one."""
     tag = f"tm{os.getpid()}"
-    names, net = (f"{tag}a", f"{tag}b"), f"10.{os.getpid() % 200 + 20}.{os.getpid() // 200 % 250}"
+    names = f"{tag}a", f"{tag}b"
+    net, bits = f"10.{os.getpid() % 200 + 20}.{os.getpid() // 200 % 250}.", "24"
+    if family == socket.AF_INET6:
+        net, bits = f"fd12:{os.getpid() % 9999}::", "64"
 
     def ip(*words: str) -> None:
         done = subprocess.run(["ip", *words], capture_output=True, text=True, timeout=20)
@@ -122,11 +154,12 @@ def two_namespaces() -> Iterator[tuple[str, str, str]]:
             made.callback(ip, "netns", "delete", name)  # and with it its end of the wire
         ip("link", "add", f"{tag}x", "netns", names[0], "type", "veth", "peer", "name", f"{tag}y", "netns", names[1])
         for number, name in enumerate(names):
-            ip("-n", name, "address", "add", f"{net}.{number + 1}/24", "dev", f"{tag}{'xy'[number]}")
+            link, once = f"{tag}{'xy'[number]}", ["nodad"] if family == socket.AF_INET6 else []
+            ip("-n", name, "address", "add", f"{net}{number + 1}/{bits}", "dev", link, *once)
             for link in (f"{tag}{'xy'[number]}", "lo"):
                 ip("-n", name, "link", "set", link, "up")
         ip("netns", "exec", names[0], "true")  # may be forbidden where the rest is not
-        yield *names, f"{net}.1"
+        yield *names, f"{net}1"
 
 
 CLIENT = """
@@ -146,26 +179,28 @@ sys.stdout.write(httpx.post(url + "/generate", content=body, headers=kind, timeo
 """
 
 
-def test_machines_with_networks_of_their_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", [socket.AF_INET, pytest.param(socket.AF_INET6, marks=pytest.mark.slow)])
+def test_machines_with_networks_of_their_own(family: socket.AddressFamily, tmp_path: Path) -> None:
     model = tiny_llama(tmp_path / "model")
     with running_server(*FLAGS, model=model) as alone:
         wanted = answers(alone)
     with ExitStack() as running:
         try:
-            first, second, address = running.enter_context(two_namespaces())
+            first, second, address = running.enter_context(two_namespaces(family))
         except OSError as error:
             pytest.skip(f"no network namespaces can be made here: {error}")
-        flags = (*FLAGS, "--tp-size", "2", "--nnodes", "2", "--dist-init-addr", f"{address}:29511")
+        there = f"[{address}]" if family == socket.AF_INET6 else address
+        flags = (*FLAGS, "--tp-size", "2", "--nnodes", "2", "--dist-init-addr", f"{there}:29511")
         logs = [tmp_path / "machine0.log", tmp_path / "machine1.log"]
         within = [("ip", "netns", "exec", name) for name in (first, second)]
         running.enter_context(machine(1, model, flags, logs[1], within[1]))
         serving = (*flags, "--host", address, "--port", "30000")
         running.enter_context(machine(0, model, serving, logs[0], within[0]))
-        client = [*within[0], sys.executable, "-c", CLIENT, f"http://{address}:30000", json.dumps(BODY)]
+        client = [*within[0], sys.executable, "-c", CLIENT, f"http://{there}:30000", json.dumps(BODY)]
         found = subprocess.run(client, capture_output=True, text=True, timeout=150)
         assert found.returncode == 0, found.stderr + "".join(log.read_text() for log in logs)
         assert [one["output_ids"] for one in json.loads(found.stdout)] == wanted
-        assert f"computes scheduler tp1 for {address}:" in logs[1].read_text()
+        assert f"computes scheduler tp1 for {there}:" in logs[1].read_text()
 
 
 def test_settings_that_do_not_fit(tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def test_the_scheduler(
     monkeypatch.setattr(operation.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(simulation, "Sent", Sent)
     scheduler, sent, _ = simulation.simulated_scheduler(64)
-    scheduler.settings = msgspec.structs.replace(scheduler.settings, vocab_size=simulation.VOCABULARY)
+    simulation.change_settings(scheduler, vocab_size=simulation.VOCABULARY)
     wire = Wire(folder, context, "scheduler", ToScheduler, lambda: simulation.admit(3, [3, 1, 4], new=9))
     admitted = 0
     for number, message in enumerate(wire.messages()):

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from simulation import HashModel, admit, scheduler_over
+from simulation import HashModel, admit, answer_to, scheduler_over
 
 from engine.kernels.batch import RaggedBatch
 from engine.kernels.eager import EagerBackend
@@ -158,7 +158,7 @@ class Lives:
         )
         scheduler = self.scheduler
         scheduler.inbox = self  # type: ignore[assignment]
-        scheduler.outbox = scheduler.generation.outbox = scheduler.steps.outbox = Answers(self)
+        answer_to(scheduler, Answers(self))
 
     def _start_over(self, *, suspect: bool, paused: bool | None) -> None:
         self.inbox.clear()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
@@ -25,7 +26,8 @@ from scheduler_proc.kv_memory import KvMemory
 from scheduler_proc.memory import Memory
 from scheduler_proc.planner import Planner, PlannerLimits
 from scheduler_proc.runner import Runner
-from scheduler_proc.scheduler import Scheduler, SchedulerSettings
+from scheduler_proc.scheduler import Scheduler
+from scheduler_proc.settings import SchedulerSettings
 from scheduler_proc.statistics import Statistics
 from scheduler_proc.weight_updates import WeightUpdates
 
@@ -169,6 +171,17 @@ def scheduler_over(
         queueing=queueing,
     )
     return scheduler, sent
+
+
+def change_settings(scheduler: Scheduler, **changes: Any) -> None:
+    scheduler.settings = scheduler.admission.settings = msgspec.structs.replace(scheduler.settings, **changes)
+
+
+def answer_to(scheduler: Scheduler, sent: Any) -> None:
+    """From now on all that the scheduler sends goes to `sent`."""
+    parts = (scheduler, scheduler.operation, scheduler.generation, scheduler.admission, scheduler.emission)
+    for part in parts:
+        part.outbox = sent
 
 
 def admit(

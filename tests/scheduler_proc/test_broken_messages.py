@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from simulation import VOCABULARY, admit, expected_tokens, run_to_end, simulated_scheduler
+from simulation import VOCABULARY, admit, change_settings, expected_tokens, run_to_end, simulated_scheduler
 
 from engine.wire.operation import Profile, Profiled, SlowDown
 from engine.wire.sampling import LogprobOptions
@@ -33,7 +33,7 @@ BROKEN: list[tuple[str, Admit]] = [
 @pytest.mark.parametrize(("message", "broken"), BROKEN, ids=[message for message, _ in BROKEN])
 def test_an_admission_that_makes_no_sense_ends_with_500(message: str, broken: Admit) -> None:
     scheduler, sent, _ = simulated_scheduler(64)
-    scheduler.settings = msgspec.structs.replace(scheduler.settings, vocab_size=VOCABULARY)
+    change_settings(scheduler, vocab_size=VOCABULARY)
     scheduler.handle(broken)
     scheduler.handle(admit(2, [3, 1, 4], new=4))
     run_to_end(scheduler)

@@ -27,7 +27,7 @@ PROMPT = [1, 2, 3]
 TABLE: dict[type, tuple[Any, str]] = {
     StartOver: (StartOver(100, None), "_start_over"),
     Abort: (Abort([1]), "_abort"),
-    StopSeen: (StopSeen([1], [0]), "_drop"),
+    StopSeen: (StopSeen([1], [0]), "admission.drop"),
     Tune: (Tune(log_level="info"), "operation.handle"),
     SlowDown: (SlowDown(0.5), "operation.handle"),
     FlushCache: (FlushCache(7, 0.0), "planner.memory.flush"),

@@ -11,7 +11,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from simulation import HashModel, Sent, admit, expected_tokens, run_to_end, scheduler_over, simulated_scheduler
+from simulation import (
+    HashModel,
+    Sent,
+    admit,
+    answer_to,
+    expected_tokens,
+    run_to_end,
+    scheduler_over,
+    simulated_scheduler,
+)
 from test_vectors import vector_of, vector_scheduler
 
 from engine.checkpoints.task import Task
@@ -265,7 +274,7 @@ class Picky(Sent):
 def test_a_row_that_cannot_be_sent() -> None:
     scheduler, _, _ = simulated_scheduler(300)
     sent = Picky()
-    scheduler.outbox = scheduler.steps.outbox = sent  # type: ignore[assignment]
+    answer_to(scheduler, sent)
     prompts = [[1, 2], [3, 4], [5, 6]]
     for key, prompt in enumerate(prompts):
         scheduler.handle(admit(key, prompt))

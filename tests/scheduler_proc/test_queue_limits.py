@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import msgspec
-from simulation import admit, run_to_end, simulated_scheduler
+from simulation import admit, change_settings, run_to_end, simulated_scheduler
 
 from engine.wire.results import Finish
 from scheduler_proc.recorder import Recorder, RecorderSettings
@@ -16,7 +16,7 @@ FULL = Finish("abort", message="The request queue is full.", status=503)
 
 
 def limit(scheduler: Scheduler, requests: int | None, tokens: int | None) -> None:
-    scheduler.settings = msgspec.structs.replace(scheduler.settings, max_queued=requests, max_queued_tokens=tokens)
+    change_settings(scheduler, max_queued=requests, max_queued_tokens=tokens)
 
 
 def test_requests_that_wait_are_counted() -> None:

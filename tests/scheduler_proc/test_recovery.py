@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from simulation import admit, expected_tokens, run_to_end, simulated_scheduler
+from simulation import admit, answer_to, change_settings, expected_tokens, run_to_end, simulated_scheduler
 
 from engine.wire.board import Board, Heart
 from engine.wire.operation import Profile
@@ -51,8 +51,7 @@ def attempt(message: Admit, number: int, **fields: Any) -> Admit:
 def scheduler_with(pool: int = 400, **limits: Any) -> tuple[Scheduler, Attempts]:
     scheduler, _, _ = simulated_scheduler(pool, **limits)
     sent = Attempts()
-    scheduler.outbox = sent  # type: ignore[assignment]
-    scheduler.generation.outbox = scheduler.steps.outbox = sent
+    answer_to(scheduler, sent)
     return scheduler, sent
 
 
@@ -101,7 +100,7 @@ def test_an_abort_of_a_waiting_attempt_with_output_flushes_its_text() -> None:
 
 def test_a_full_queue_takes_back_what_was_in_it() -> None:
     scheduler, sent = scheduler_with()
-    scheduler.settings = msgspec.structs.replace(scheduler.settings, max_queued=1)
+    change_settings(scheduler, max_queued=1)
     for key in range(4):
         scheduler.handle(attempt(admit(key, PROMPT, new=3), 1))
     scheduler.handle(admit(9, PROMPT, new=3))
@@ -114,7 +113,8 @@ def test_a_full_queue_takes_back_what_was_in_it() -> None:
 def test_suspects_are_computed_alone_at_first(tmp_path: Any, deaths: int) -> None:
     scheduler, sent = scheduler_with()
     heart = Heart(str(tmp_path), "scheduler")
-    scheduler.trials = scheduler.steps.trials = Trials(scheduler.planner, scheduler.requests, heart.board)
+    trials = Trials(scheduler.planner, scheduler.requests, heart.board)
+    scheduler.trials = scheduler.steps.trials = scheduler.admission.trials = trials
     seen: list[tuple[int, set[int]]] = []
     run = scheduler.runner.program.run
 
@@ -142,7 +142,8 @@ def test_suspects_are_computed_alone_at_first(tmp_path: Any, deaths: int) -> Non
 def test_the_board_has_who_runs_and_not_who_waits(tmp_path: Any) -> None:
     scheduler, sent = scheduler_with(max_running=2)
     heart = Heart(str(tmp_path), "scheduler")
-    scheduler.trials = scheduler.steps.trials = Trials(scheduler.planner, scheduler.requests, heart.board)
+    trials = Trials(scheduler.planner, scheduler.requests, heart.board)
+    scheduler.trials = scheduler.steps.trials = scheduler.admission.trials = trials
     board = Board(str(tmp_path))
     seen: set[tuple[int, ...]] = set()
     run = scheduler.runner.program.run
@@ -161,7 +162,8 @@ def test_the_board_has_who_runs_and_not_who_waits(tmp_path: Any) -> None:
 def test_one_that_kills_the_planning_of_its_trial_is_named(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler, _ = scheduler_with()
     heart = Heart(str(tmp_path), "scheduler")
-    scheduler.trials = scheduler.steps.trials = Trials(scheduler.planner, scheduler.requests, heart.board)
+    trials = Trials(scheduler.planner, scheduler.requests, heart.board)
+    scheduler.trials = scheduler.steps.trials = scheduler.admission.trials = trials
     scheduler.handle(attempt(admit(4, PROMPT, new=3), 1, suspect=1))
 
     def dies(*_: Any) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulation import admit, expected_tokens, run_to_end, simulated_scheduler
+from simulation import admit, change_settings, expected_tokens, run_to_end, simulated_scheduler
 
 from engine.wire.results import Finish
 from engine.wire.sampling import LogprobOptions
@@ -173,7 +172,7 @@ def test_longest_prefix_goes_first_until_the_others_are_overdue() -> None:
 
 def test_priorities_order_the_queue_and_the_full_queue_drops_the_least_urgent() -> None:
     scheduler, sent, _ = simulated_scheduler(300, max_running=1, priorities=True)
-    scheduler.settings = msgspec.structs.replace(scheduler.settings, max_queued=2)
+    change_settings(scheduler, max_queued=2)
     scheduler.handle(admit(0, [1], new=2))
     scheduler.step()
     for key, priority in [(1, 0), (2, 5), (3, 3), (4, -1)]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
-from simulation import admit, expected_tokens, run_to_end, simulated_scheduler
+from simulation import admit, change_settings, expected_tokens, run_to_end, simulated_scheduler
 
 from engine.wire.results import Finish
 from engine.wire.sampling import LogprobOptions
@@ -21,7 +20,7 @@ from scheduler_proc.statistics import Statistics
 
 def test_a_preempted_request_is_not_pushed_out_of_the_full_queue() -> None:
     scheduler, sent, _ = simulated_scheduler(300, priorities=True)
-    scheduler.settings = msgspec.structs.replace(scheduler.settings, max_queued=1)
+    change_settings(scheduler, max_queued=1)
     scheduler.handle(admit(0, [1, 2, 3], new=20, priority=-1))
     scheduler.step()
     scheduler.planner.preempt(scheduler.requests[0])

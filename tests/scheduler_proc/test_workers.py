@@ -34,7 +34,8 @@ from engine.wire.to_scheduler import QueryState, RecordExperts
 from engine.wire.to_worker import FromWorker, HeldPart, RevertWeights, ToWorker
 from engine.wire.weights import UpdateWeights
 from scheduler_proc import weights as weights_module
-from scheduler_proc.ranks import Bounds, RankedProgram, Ranks, put_together
+from scheduler_proc.ranked_program import Bounds, RankedProgram
+from scheduler_proc.ranks import Ranks, put_together
 from scheduler_proc.request import new_request
 from scheduler_proc.sampler import sample, wanted_logits
 from scheduler_proc.weight_updates import WeightUpdates
@@ -220,9 +221,9 @@ def test_weights_are_replaced_on_all_ranks_or_on_none(tmp_path: Path, monkeypatc
         for broken in (first, *others):
             failing = [broken.model.places]
 
-            def breaks_off(reader: Any, places: Any, failing: list[Any] = failing) -> None:
+            def breaks_off(reader: Any, places: Any, *, progress: Any, failing: list[Any] = failing) -> None:
                 """At its end, once, on one rank."""
-                copy(reader, places)
+                copy(reader, places, progress=progress)
                 if failing and places is failing[0]:
                     failing.clear()
                     raise OSError("the disk is gone")
@@ -247,11 +248,11 @@ def test_a_question_to_all_ranks_keeps_nobody_waiting_while_weights_are_read(
     copy = weights_module.copy_weights
     with group(old, 2) as (program, first, (other,)):
 
-        def slow(reader: Any, places: Any) -> None:
+        def slow(reader: Any, places: Any, **options: Any) -> None:
             if places is other.model.places:
                 reads.set()
                 may_go_on.wait(10)
-            copy(reader, places)
+            copy(reader, places, **options)
 
         monkeypatch.setattr(weights_module, "copy_weights", slow)
         updates = WeightUpdates(first.weights)
@@ -283,6 +284,28 @@ def test_a_question_to_all_ranks_keeps_nobody_waiting_while_weights_are_read(
         assert not updates.read()
         updates.phase = "waiting"
         assert updates.read() == [Failed(11, "internal error: RuntimeError: stop is broken")]
+
+
+def test_a_rank_shows_signs_of_life_while_it_copies(tmp_path: Path) -> None:
+    """And ends at once where it finds in doing so that the group is lost, with no try to take the old weights back."""
+    old = tiny_llama(tmp_path / "old")
+    new = upside_down(old, tmp_path / "new")
+    rank = load(old, backend("reference"))
+    weights, beats = rank.weights, [0]
+
+    def beat() -> None:
+        beats[0] += 1
+        if beats[0] == 100:
+            raise GroupLostError("rank 0 is gone")
+
+    weights.beat = beat
+    opened = weights.opened(weights.prepare(str(new), None).checkpoint.source)
+    weights.replace(opened)
+    assert len(rank.model.places) <= beats[0] < 100
+    beats[0] = 98
+    with pytest.raises(GroupLostError, match="rank 0 is gone"):
+        weights.replace(opened)
+    assert beats[0] == 100
 
 
 def test_parts_are_put_together() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -16,7 +16,7 @@ from engine.kernels.gpu import sampling
 from engine.kernels.gpu.errors import device_errors
 from engine.kernels.gpu.graphs import Captured, DecodeGraphs, capture_decodes, ladder
 from engine.kernels.gpu.launch import as_tensor
-from engine.kernels.gpu.machine import HostMachine, Machine, open_machine
+from engine.kernels.gpu.machine import Machine, open_machine
 from engine.kernels.gpu.ops import GpuOps
 from engine.kernels.gpu.products import gpu_matrix, make_products_exact
 from engine.kernels.gpu.queueing import fed, sample_queued
@@ -24,7 +24,8 @@ from engine.kernels.gpu.ring import Ring
 from engine.kernels.kv_cache import KvCache
 from engine.kernels.queued import Draws, Outcome, Scores
 from engine.kernels.table import Doubles, Floats, Integers, Logprobs, Longs, Ops, Pooling, Rows
-from engine.parallel.group import ALONE, Group
+from engine.parallel.division import Part
+from engine.parallel.group import ALONE, DeviceGroup
 
 
 @dataclass(slots=True)
@@ -91,6 +92,8 @@ class GpuProgram:
         if logits is None:
             logits = self._launched(fed(on_device(batch, self.ops.device), sources, self.last), rows)
         tokens, outcome = sample_queued(logits, draws, scores, self.ring)
+        if self.ops.group.size > 1:  # all go on with what rank 0 has sampled
+            tokens = self.ops.group.all_gather(tokens)[0]
         self.last = tokens
         if self.graphs is not None:
             self.last = self.graphs.sampled
@@ -102,8 +105,8 @@ class GpuProgram:
     def capture(
         self, most: int, running: int, longest: int, beat: Callable[[], None] = lambda: None
     ) -> tuple[int, ...]:
-        """See `engine.kernels.queued.CapturingProgram`. There are none where ranks add up within a step."""
-        if not self.machine.has_graphs or self.ops.group.size > 1:
+        """See `engine.kernels.queued.CapturingProgram`."""
+        if not self.machine.has_graphs:
             return ()
         model = Captured(self.step, self.head, self.cache, self.ops)
         self.graphs = capture_decodes(model, self.machine, Ring(self.machine), ladder(most), running, longest, beat)
@@ -148,8 +151,8 @@ class GpuBackend:
     """Kernels on one device: a GPU, or in tests the CPU, where Triton's interpreter runs them."""
 
     device: torch.device
-    group: Group = ALONE
-    machine: Machine = field(default_factory=HostMachine)
+    machine: Machine
+    group: DeviceGroup = ALONE
 
     @property
     def name(self) -> str:
@@ -180,6 +183,14 @@ class GpuBackend:
     ) -> GpuProgram:
         ops = GpuOps(self.device, group=self.group)
         return GpuProgram(step, head, cache, ops, self.machine, Ring(self.machine), pooling)
+
+    def joined_head(self, head: Callable[[Ops, Any], Any], part: Part) -> Callable[[Ops, Any], Any]:
+        """See `engine.kernels.vocabulary.JoinsHeads`."""
+
+        def whole(ops: Ops, rows: Any) -> Any:
+            return cast(GpuOps, ops).whole_vocabulary(head(ops, rows), part.total)
+
+        return whole
 
     @device_errors()
     def best(self, logits: torch.Tensor) -> tuple[Longs, Floats]:
@@ -215,7 +226,7 @@ class GpuBackend:
         return logits.to(self.device)
 
 
-def open_gpu_backend(device: torch.device | str, group: Group = ALONE) -> GpuBackend:
+def open_gpu_backend(device: torch.device | str, group: DeviceGroup = ALONE) -> GpuBackend:
     """The backend on "cuda" or "cuda:N", which becomes the process's current device, or on "cpu" (interpreted).
 
     Raises RuntimeError where torch cannot use that GPU.
@@ -226,4 +237,4 @@ def open_gpu_backend(device: torch.device | str, group: Group = ALONE) -> GpuBac
         if chosen.index is None:
             chosen = torch.device("cuda", torch.cuda.current_device())
         torch.cuda.set_device(chosen)
-    return GpuBackend(chosen, group, open_machine(chosen))
+    return GpuBackend(chosen, open_machine(chosen), group)

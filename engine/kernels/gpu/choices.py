@@ -12,10 +12,13 @@ from engine.kernels.gpu import sampling
 from engine.kernels.gpu.launch import Call
 from engine.kernels.gpu.ops import GpuOps
 from engine.kernels.gpu.products import gpu_matrix
+from engine.kernels.gpu.rows import add_up_call
 from engine.kernels.table import Activation, MoeWeights, RotaryFrequencies
 
 META = torch.device("meta")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# That a sum over the ranks of a model is noted for.
+RANKS = (2, 8)
 # Of the step that is noted: a chunk of new tokens, then decodes, in contexts of so many tokens.
 CHUNK, DECODES, CONTEXT = 256, 4, 2048
 
@@ -93,6 +96,7 @@ def model_launches(shape: Shape, dtype: torch.dtype) -> list[Call]:
     queries = ops.rotary_store(qkv, scale, scale, 1e-5, pool[0], pool[1], base, step)
     attended = ops.attention(queries, pool[0], pool[1], 1.0, shape.window, step)
     x = ops.linear(attended, gpu_matrix(hidden, shape.heads * dim, dtype, META))
+    noted += [add_up_call(torch.empty((ranks, *x.shape), dtype=dtype, device=META), x) for ranks in RANKS]
     if shape.experts:
         ops.moe(x, _experts(shape, dtype))
     elif shape.causal:

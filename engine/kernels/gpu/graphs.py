@@ -27,6 +27,7 @@ from engine.kernels.gpu.ops import GpuOps
 from engine.kernels.gpu.ring import Ring
 from engine.kernels.kv_cache import KvCache
 from engine.kernels.table import Integers, Longs, Ops, Rows
+from engine.parallel.group import DeviceGroup
 
 logger = logging.getLogger(__name__)
 
@@ -125,9 +126,13 @@ def capture_decodes(
     The largest are captured first, since the others then fit into memory that these leave. A size that memory does not
     suffice for is left out with a warning; None where that is all. A step that a size is tried with first is run, which
     writes nothing to the pool, so that kernels are loaded and constants are on the device.
+
+    Several ranks call this together and get the same sizes: sums are captured with the rest. Raises MemoryError where
+    one of several cannot even try a size, as the others then wait for it.
     """
-    contexts = min(max(sizes) * longest, _POOLS * captured.cache.keys.shape[2])
-    inputs = open_inputs(Bounds(max(sizes), contexts), captured.ops.device, ring)
+    most = max(sizes)
+    contexts = max(most, min(most * longest, _POOLS * captured.cache.keys.shape[2]))
+    inputs = open_inputs(Bounds(most, contexts), captured.ops.device, ring)
     sampled = torch.zeros(running, dtype=torch.int64, device=captured.ops.device)
     made: DecodeGraphs | None = None
     for size in sorted(sizes, reverse=True):
@@ -136,10 +141,34 @@ def capture_decodes(
             with device_errors():
                 hidden, logits = _run(captured, inputs, sampled, size, size, captured.ops)
                 made = made or DecodeGraphs(inputs, torch.empty_like(hidden), torch.empty_like(logits), sampled)
+        except MemoryError as error:
+            if captured.ops.group.size > 1:
+                raise
+            _warn(size, error)
+            continue
+        try:
+            with device_errors():
                 made.graphs[size] = _capture_size(captured, machine, made, size, longest, beat)
         except MemoryError as error:
-            logger.warning("The GPU's memory does not suffice for a CUDA graph of %d sequences: %s", size, error)
-    return made if made is not None and made.graphs else None
+            _warn(size, error)
+    if made is None:
+        return None
+    _agree(captured.ops.group, made, sizes)
+    return made if made.graphs else None
+
+
+def _warn(size: int, error: MemoryError) -> None:
+    logger.warning("The GPU's memory does not suffice for a CUDA graph of %d sequences: %s", size, error)
+
+
+def _agree(group: DeviceGroup, made: DecodeGraphs, sizes: tuple[int, ...]) -> None:
+    """Keep the sizes that all ranks have."""
+    if group.size > 1:
+        own = torch.tensor([size in made.graphs for size in sizes], dtype=torch.uint8)
+        everywhere = group.all_gather(own.to(made.sampled.device)).amin(0).tolist()
+        for size, kept in zip(sizes, everywhere, strict=True):
+            if not kept:
+                made.graphs.pop(size, None)
 
 
 def _capture_size(

@@ -28,7 +28,8 @@ from engine.kernels.gpu.experts import (
 from engine.kernels.gpu.launch import Call, as_tensor
 from engine.kernels.gpu.products import head_product, padded_empty, product
 from engine.kernels.table import Activation, MoeWeights, Pooling, RotaryFrequencies, Rows, SharedExpert
-from engine.parallel.group import ALONE, Group
+from engine.parallel.division import even_parts
+from engine.parallel.group import ALONE, DeviceGroup
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
 
@@ -57,7 +58,7 @@ class GpuOps:
 
     device: torch.device
     launch: Callable[[Call], None] = methodcaller("run")
-    group: Group = ALONE
+    group: DeviceGroup = ALONE
     routed: list[torch.Tensor] = field(default_factory=list)
     inverses: dict[int, tuple[RotaryFrequencies, torch.Tensor]] = field(default_factory=dict)
     tables: dict[int, tuple[MoeWeights, ExpertTable]] = field(default_factory=dict)
@@ -83,8 +84,11 @@ class GpuOps:
         return angles.cos() * rotary.factor, angles.sin() * rotary.factor
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """Where x lies, with the room that is behind it."""
-        return x if self.group.size == 1 else x.copy_(self.group.all_reduce(x))
+        """Where x lies, with the room that is behind it. In one kernel behind the gathering: `Group.all_reduce` would
+        take two for each rank."""
+        if self.group.size > 1:
+            self.launch(row_calls.add_up_call(self.group.all_gather(x), x))
+        return x
 
     def embedding(
         self, token_ids: torch.Tensor, weight: DenseMatrix, scale: float = 1.0, first: int = 0
@@ -197,6 +201,13 @@ class GpuOps:
         if weight.offset is not None:
             self.launch(row_calls.finish_call(out, weight.offset, "identity"))
         return out
+
+    def whole_vocabulary(self, logits: torch.Tensor, total: int) -> torch.Tensor:
+        """The logits of each rank's part of the vocabulary [R, part] side by side → [R, total], on every rank."""
+        widths = [part.size for part in even_parts(total, self.group.size)]
+        room = max(widths) - logits.shape[1]
+        every = self.group.all_gather(torch.nn.functional.pad(logits, (0, room)) if room else logits)
+        return torch.cat([rows[:, :width] for rows, width in zip(every, widths, strict=True)], 1)
 
     def vectors(self, rows: torch.Tensor) -> torch.Tensor:
         return rows.to(torch.float32)

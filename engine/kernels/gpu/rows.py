@@ -96,6 +96,14 @@ def gate_call(x: torch.Tensor, bias: torch.Tensor | None, activation: Activation
     return Call(kernels.gate, grid, {"x": x, "bias": bias, "out": out}, {**shape, "ACTIVATION": activation}, warps)
 
 
+def add_up_call(parts_of_ranks: torch.Tensor, out: torch.Tensor) -> Call:
+    """parts_of_ranks: [ranks, *out.shape], of out's dtype; both contiguous."""
+    count, block = out.numel(), min(STRIP, power_of_two(out.numel()))
+    arguments = {"parts": parts_of_ranks, "out": out, "count": count}
+    constants = {"RANKS": len(parts_of_ranks), "BLOCK": block}
+    return Call(kernels.add_up, (parts(count, block), 1, 1), arguments, constants, row_warps(block))
+
+
 def pool_call(x: torch.Tensor, starts: torch.Tensor, stops: torch.Tensor, pooling: Pooling, out: torch.Tensor) -> Call:
     """pooling: "mean" or "max". starts, stops: int32 [R]."""
     grid, shape, warps = _strips(*out.shape)

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from engine.config import ServerConfig
-from engine.launcher import supervise
+from engine.launcher import supervise, watchdog
 from engine.launcher.children import Program
 from engine.launcher.serve import serve
 
@@ -18,6 +18,7 @@ def main() -> int:
     wish: dict[str, Any] = json.loads(sys.argv[1])
     supervise.DRAIN_MARGIN = wish.get("drain_margin", supervise.DRAIN_MARGIN)
     supervise.END_GRACE = wish.get("end_grace", supervise.END_GRACE)
+    watchdog.FIRST_LOAD = wish.get("first_load", watchdog.FIRST_LOAD)
     manners = wish.get("manners", {})
     programs = [
         Program(

@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 from engine.config import read_run_config
-from engine.launcher import supervise
+from engine.launcher import tree
 from engine.launcher.listen import open_listener, url_of
 
 HERE = Path(__file__).resolve().parent
@@ -255,10 +255,10 @@ def test_output_that_cannot_be_written_does_not_end_the_server() -> None:
     terminal, shown = os.openpty()
     stream = os.fdopen(shown, "w")
     os.close(terminal)
-    supervise._write(stream, b"nobody reads this\n")
+    tree.write(stream, b"nobody reads this\n")
     with pytest.raises(OSError):  # so it is still in the buffer, and was not taken
         stream.close()
-    supervise._write(None, b"nor this\n")
+    tree.write(None, b"nor this\n")
 
 
 @pytest.mark.parametrize("first", [socket.AF_INET, socket.AF_INET6])

@@ -113,6 +113,13 @@ def test_a_child_that_hangs_is_replaced(start: Start) -> None:
         assert "has shown no sign of life for 0." in launch.said  # the soft one's word
 
 
+def test_a_child_that_hangs_at_its_first_load_ends_the_server(start: Start) -> None:
+    with start(manners={"scheduler": "loads"}, config={"watchdog_timeout": 0.4}, first_load=1.0) as launch:
+        assert launch.ends() == 1
+        assert "still loading" in launch.said
+        assert "hung and was killed; the server ends" in launch.said
+
+
 def test_children_that_die_too_often_end_the_server(start: Start) -> None:
     with start(manners={"scheduler": "dies"}, config={"max_restarts": 2}) as launch:
         launch.hear_ready()

@@ -132,3 +132,15 @@ def pool(x, starts, stops, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, POOLIN
     if POOLING == "mean":
         value = value / (stop - start).to(tl.float32)
     tl.store(out + row * WIDTH + column, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def add_up(parts, out, count, RANKS: tl.constexpr, BLOCK: tl.constexpr):
+    """parts: [RANKS, count], added one after the other: what `engine.parallel.group.in_order` gives, in one go."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    total = tl.load(parts + at, mask=inside, other=0.0).to(tl.float32)
+    for _ in tl.static_range(1, RANKS):
+        parts += count
+        total += tl.load(parts + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)

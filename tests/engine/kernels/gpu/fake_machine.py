@@ -8,7 +8,7 @@ they share their memory on a GPU. In a capture it refuses what a GPU refuses: wa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,13 +17,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine.kernels.gpu.launch import Call
-from engine.kernels.gpu.machine import Event, Graph
+from engine.kernels.gpu.machine import Event, Graph, Machine
 
 aten = torch.ops.aten
 WAITING = {
     aten._local_scalar_dense.default, aten.nonzero.default, aten.is_nonzero.default, aten.equal.default,
     aten.lift_fresh.default, aten.masked_select.default, aten._unique2.default,
 }  # fmt: skip
+
+EMPTY = {aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default, aten.empty_strided.default}
+"""What they give stays spoilt until it is written."""
 
 
 class CaptureError(AssertionError):
@@ -82,6 +85,8 @@ class FakeGraph:
             if isinstance(step.op, Call):
                 step.op.run()
                 continue
+            if step.op in EMPTY:
+                continue
             for old, new in zip(tensors(step.made), tensors(step.op(*step.args, **step.kwargs)), strict=True):
                 if old.data_ptr() != new.data_ptr():
                     old.copy_(new)
@@ -115,13 +120,14 @@ class FakeMachine:
         return torch.full((size,), 0xEE, dtype=torch.uint8)
 
     def capture(self, work: Callable[[], None]) -> Graph:
-        if len(self.graphs) >= self.room:
-            raise torch.OutOfMemoryError("CUDA out of memory")
         assert self.noting is not None, "a capture that is not watched"
         number = len(self.graphs)
         self.log.append(("capture", number))
         self.noting.steps, self.noting.made = [], set()
         work()
+        if len(self.graphs) >= self.room:
+            self.noting.steps = None
+            raise torch.OutOfMemoryError("CUDA out of memory")
         graph = FakeGraph(self, number, self.noting.steps)
         self.own.append(self.noting.made)
         self.graphs.append(graph)
@@ -148,6 +154,44 @@ class FakeMachine:
         self.noting.note(Done(call, (), call.arguments, ()))
         with self.noting.aside():
             run(call)
+
+
+@dataclass(frozen=True, eq=False)
+class NotedGroup:
+    """A group whose calls are queued on the machine: each is one op of a capture, whatever it does within."""
+
+    inner: Any
+    machine: FakeMachine
+
+    @property
+    def rank(self) -> int:
+        return int(self.inner.rank)
+
+    @property
+    def size(self) -> int:
+        return int(self.inner.size)
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return self._noted(self.inner.all_reduce, x)
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        return self._noted(self.inner.all_gather, x)
+
+    def gather(self, x: torch.Tensor) -> list[torch.Tensor] | None:
+        raise CaptureError("a gather waits for the device")
+
+    def _noted(self, op: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        noting = self.machine.noting
+        if noting is None:
+            return op(x)
+        with noting.aside():
+            made = op(x)
+        noting.note(Done(op, (x,), {}, made))
+        return made
+
+
+def watched(machine: Machine) -> AbstractContextManager[None]:
+    return machine.watched() if isinstance(machine, FakeMachine) else nullcontext()
 
 
 class Noting(TorchDispatchMode):

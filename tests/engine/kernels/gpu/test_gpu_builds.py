@@ -54,8 +54,8 @@ def test_every_kernel_for_one_target(tmp_path: Path) -> None:
     rows = table(tmp_path, "--dtype", "bfloat16", "--target", "90", *flags)
     check(rows)
     assert {row["kernel"] for row in rows} == {
-        "embed", "embed_sum", "rms_norm", "layer_norm", "finish", "gate", "pool", "rotary_store", "attend", "merge",
-        "choose", "grouped_product", "combine", "best_parts", "best_whole", "locate", "log_sums",
+        "embed", "embed_sum", "rms_norm", "layer_norm", "finish", "gate", "pool", "add_up", "rotary_store", "attend",
+        "merge", "choose", "grouped_product", "combine", "best_parts", "best_whole", "locate", "log_sums",
     }  # fmt: skip
 
 

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from contextlib import AbstractContextManager, nullcontext
 
 import msgspec
 import numpy as np
 import pytest
 import torch
-from fake_machine import CaptureError, FakeMachine
+from fake_machine import CaptureError, FakeMachine, watched
 from hypothesis import given
 from hypothesis import strategies as st
 from ragged import bits
@@ -28,7 +27,6 @@ from engine.kernels.gpu.attention import SPLIT
 from engine.kernels.gpu.backend import GpuBackend, GpuProgram, open_gpu_backend
 from engine.kernels.gpu.graphs import items_ladder, ladder
 from engine.kernels.gpu.launch import Call
-from engine.kernels.gpu.machine import Machine
 from engine.kernels.gpu.ring import DEPTH, Ring
 from engine.kernels.kv_cache import KvCache, allocate_kv_cache
 from engine.models.registry import build_model
@@ -78,10 +76,6 @@ def program_of(folder: str, backend: GpuBackend, pool: int = POOL, dtype: torch.
     program = model.program(cache)
     assert isinstance(program, GpuProgram)
     return program
-
-
-def watched(machine: Machine) -> AbstractContextManager[None]:
-    return machine.watched() if isinstance(machine, FakeMachine) else nullcontext()
 
 
 def capture(program: GpuProgram, most: int = 4, longest: int = POOL) -> list[int]:
@@ -167,6 +161,7 @@ def run_both(folder: str, backend: GpuBackend, batch: RaggedBatch, pool: int, lo
             capture(program, longest=longest)
         filled(program.cache, batch)
         logits = program.run(batch, np.arange(batch.num_tokens))
+        assert program.graphs is None or program.graphs.hidden.isfinite().all(), "what fills a step up is computed, too"
         chosen = [ids.tobytes() for ids in program.routing()]
         results.append(
             [bits(logits), bits(program.pooled()), bits(program.cache.keys), bits(program.cache.values), *chosen]
@@ -290,6 +285,11 @@ def test_sizes_that_memory_does_not_suffice_for_are_left_out(
     batch = decode([3, 4])
     filled(other.cache, batch)
     assert not other.run(batch, np.arange(2)).isnan().any()
+
+
+def test_a_pool_smaller_than_a_step_may_be(dense: str, machine: FakeMachine) -> None:
+    program = program_of(dense, backend_of(torch.device("cpu"), machine), pool=3)
+    assert capture(program, 16) == [1, 2, 4, 8, 16]
 
 
 def test_there_are_no_graphs_on_a_processor(dense: str) -> None:

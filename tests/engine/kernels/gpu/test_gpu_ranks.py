@@ -11,18 +11,42 @@ from typing import TypeVar
 import numpy as np
 import pytest
 import torch
+from fake_machine import FakeMachine, NotedGroup, watched
+from ragged import bits
 from thread_group import ThreadGroup, on_each, thread_groups
 from tiny_models import tiny_bert, tiny_llama, tiny_qwen2_moe
 from transformers import AutoModelForSequenceClassification
 from whole_texts import load, program, random_texts, vectors
 
 from engine.kernels.batch import RaggedBatch
-from engine.kernels.gpu.backend import GpuBackend
+from engine.kernels.gpu.backend import GpuBackend, GpuProgram, open_gpu_backend
+from engine.kernels.gpu.launch import Call
 from engine.kernels.kv_cache import allocate_kv_cache
 
 T = TypeVar("T")
 
 ROOM = 24
+MachineOfEachThread = Callable[[], FakeMachine]
+
+
+@pytest.fixture
+def machine_of_each_thread(monkeypatch: pytest.MonkeyPatch) -> MachineOfEachThread:
+    """Makes a thread's machine, which its launches go to."""
+    machines, run = threading.local(), Call.run
+
+    def launched(call: Call) -> None:
+        found: FakeMachine | None = getattr(machines, "own", None)
+        if found is None:
+            run(call)
+        else:
+            found.launched(call, run)
+
+    def made() -> FakeMachine:
+        machines.own = FakeMachine()
+        return machines.own
+
+    monkeypatch.setattr(Call, "run", launched)
+    return made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,41 +72,82 @@ def on_ranks(size: int, device: torch.device, work: Callable[[GpuBackend], T]) -
             return work(backend)
 
     groups = [OneAtATime(group.rank, group.meeting, turn) for group in thread_groups(size)]
-    return on_each([GpuBackend(device, group) for group in groups], taking_turns)
+    return on_each([open_gpu_backend(device, group) for group in groups], taking_turns)
 
 
-def generated(path: Path, backend: GpuBackend, keep: int | None) -> tuple[list[int], torch.Tensor]:
-    """A prompt of 7 tokens and the 4 that follow on rank 0 (others are told the same), and the logits of each."""
-    model = load(path, backend)
-    run = model.program(allocate_kv_cache(model.held, ROOM, torch.float32, backend.device))
-    [prompt] = random_texts(model.config.vocab_size, (7,))
-    tokens, computed, logits = prompt.tolist(), 0, []
-    kept = None if keep is None else np.array([keep])
-    while len(tokens) < len(prompt) + 4:
-        new, slots = torch.arange(computed, len(tokens)), torch.arange(len(tokens))
-        batch = RaggedBatch(
-            torch.tensor(tokens[computed:]), new, new, (0, len(new)), (len(tokens),), slots, (0, len(tokens))
+def steps(prompt: list[int], new: int) -> list[RaggedBatch]:
+    """The prompt, then single tokens that the host does not know: 0 for each."""
+    given = [(0, prompt), *((len(prompt) + i, [0]) for i in range(new - 1))]
+    return [
+        RaggedBatch(
+            torch.tensor(tokens), torch.arange(start, start + len(tokens)), torch.arange(start, start + len(tokens)),
+            (0, len(tokens)), (start + len(tokens),), torch.arange(start + len(tokens)), (0, start + len(tokens)),
         )
-        found = run.run(batch, np.array([len(new) - 1]), kept)
-        computed = len(tokens)
-        best = torch.tensor(backend.best(found)[0]) if backend.group.rank == 0 else torch.zeros(1, dtype=torch.int64)
-        tokens.append(int(backend.group.all_reduce(best.to(torch.float32)).item()))
-        logits.append(found.cpu().clone())
-    return tokens[len(prompt) :], torch.cat(logits)
+        for start, tokens in given
+    ]  # fmt: skip
 
 
-@pytest.mark.parametrize("keep", [None, 0, 3])
+def generated(path: Path, backend: GpuBackend, graphs: bool = False) -> tuple[list[int], torch.Tensor]:
+    """The 4 tokens that follow a prompt of 7, each fed on the device, and the logits of the last step."""
+    model = load(path, backend)
+    program = model.program(allocate_kv_cache(model.held, ROOM, torch.float32, backend.device))
+    assert isinstance(program, GpuProgram)
+    if graphs:
+        with watched(backend.machine):
+            assert program.capture(2, 4, ROOM)
+    [prompt] = random_texts(model.config.vocab_size, (7,))
+    outcomes = []
+    for batch in steps(prompt.tolist(), 4):
+        sources = np.full(batch.num_tokens, -1)
+        sources[(outcomes and slice(None)) or slice(0)] = 0
+        outcomes.append(program.queue(batch, np.array([batch.num_tokens - 1]), sources, None, None))
+        assert batch.num_tokens > 1 or sources.tolist() == [0]
+    tokens = [int(outcome().tokens[0]) for outcome in outcomes]
+    return tokens, program.logits(np.array([0])).cpu().clone()
+
+
 @pytest.mark.parametrize("write", [tiny_llama, tiny_qwen2_moe])
-def test_tokens(write: Callable[..., Path], keep: int | None, device: torch.device, tmp_path: Path) -> None:
+def test_tokens(write: Callable[..., Path], device: torch.device, tmp_path: Path) -> None:
+    """Every rank has all logits and goes on with the same tokens."""
     path = write(tmp_path / "model", num_hidden_layers=2)
-    tokens, logits = generated(path, GpuBackend(device), None)
-    (found, most), (others, none) = on_ranks(2, device, lambda backend: generated(path, backend, keep))
+    tokens, logits = generated(path, open_gpu_backend(device))
+    (found, whole), (others, same) = on_ranks(2, device, lambda backend: generated(path, backend))
     assert found == others == tokens
-    assert len(none) == 0
-    kept = logits.shape[1] if keep is None else max(1, keep)
-    torch.testing.assert_close(most.topk(kept).values, logits.topk(kept).values, atol=1e-4, rtol=1e-4)
-    if keep is not None:
-        assert (most > -torch.inf).sum(-1).max() <= 2 * kept
+    assert bits(whole) == bits(same)
+    torch.testing.assert_close(whole, logits, atol=1e-4, rtol=1e-4)
+
+
+def test_sums_of_ranks_are_captured_with_the_rest(tmp_path: Path, machine_of_each_thread: MachineOfEachThread) -> None:
+    path = tiny_llama(tmp_path / "model", num_hidden_layers=2)
+    device = torch.device("cpu")
+    plain = on_ranks(2, device, lambda backend: generated(path, backend))
+
+    def captured(backend: GpuBackend) -> tuple[list[int], torch.Tensor, int]:
+        machine = machine_of_each_thread()
+        group = NotedGroup(backend.group, machine)
+        made = generated(path, dataclasses.replace(backend, group=group, machine=machine), graphs=True)
+        return *made, sum(what == "replay" for what, _ in machine.log)
+
+    for (tokens, logits), (found, same, replays) in zip(plain, on_ranks(2, device, captured), strict=True):
+        assert found == tokens and bits(same) == bits(logits)
+        assert replays == 3
+
+
+def test_ranks_keep_the_graphs_that_all_of_them_have(
+    tmp_path: Path, machine_of_each_thread: MachineOfEachThread
+) -> None:
+    path = tiny_llama(tmp_path / "model", num_hidden_layers=1)
+
+    def captured(backend: GpuBackend) -> tuple[int, ...]:
+        machine = machine_of_each_thread()
+        machine.room = 3 - backend.group.rank
+        model = load(path, dataclasses.replace(backend, group=NotedGroup(backend.group, machine), machine=machine))
+        program = model.program(allocate_kv_cache(model.held, ROOM, torch.float32, "cpu"))
+        assert isinstance(program, GpuProgram)
+        with machine.watched():
+            return program.capture(4, 4, ROOM)
+
+    assert on_ranks(2, torch.device("cpu"), captured) == [(2, 4), (2, 4)]
 
 
 def test_vectors(device: torch.device, tmp_path: Path) -> None:
@@ -94,4 +159,4 @@ def test_vectors(device: torch.device, tmp_path: Path) -> None:
         return vectors(program(model), random_texts(model.config.vocab_size, (5, 1))).cpu()
 
     found, _ = on_ranks(2, device, made)
-    torch.testing.assert_close(found, made(GpuBackend(device)), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found, made(open_gpu_backend(device)), atol=1e-4, rtol=1e-4)

@@ -13,7 +13,9 @@ from ragged import BF16, F16, F32, batch_of, bits, check, moved, random
 from engine.kernels import reference
 from engine.kernels.dense import DenseMatrix
 from engine.kernels.gpu.ops import GpuOps
+from engine.kernels.gpu.rows import add_up_call
 from engine.kernels.table import Activation, Pooling, RotaryFrequencies
+from engine.parallel.group import in_order
 
 EPS = 1e-5
 EACH_DTYPE = pytest.mark.parametrize("dtype", [F32, BF16, F16])
@@ -121,6 +123,19 @@ def test_a_row_of_a_product_does_not_know_the_others(ops: GpuOps, dtype: torch.d
         assert bits(ops.linear(some, weight)) == bits(whole[rows])
         assert bits(ops.logits(some, weight)) == bits(head[rows])
         assert bits(ops.linear(x.to(ops.device)[: max(rows) + 1], weight)[rows]) == bits(whole[rows])
+
+
+@pytest.mark.parametrize(("ranks", "tokens", "width"), [(2, 1, 1), (3, 5, 40), (8, 130, 72)])
+@EACH_DTYPE
+def test_sums_over_ranks_are_in_order(
+    device: torch.device, dtype: torch.dtype, ranks: int, tokens: int, width: int
+) -> None:
+    """To the bit, and nothing is written behind them."""
+    parts = random(4, ranks, tokens, width, dtype=dtype)
+    room = torch.full((tokens * width + 9,), 7.0, dtype=dtype, device=device)
+    add_up_call(parts.to(device), room[: tokens * width].view(tokens, width)).run()
+    assert bits(room[: tokens * width].view(tokens, width)) == bits(in_order(list(parts)))
+    assert (room[tokens * width :] == 7).all()
 
 
 @pytest.mark.parametrize("pooling", typing.get_args(Pooling))

@@ -10,7 +10,7 @@ import torch
 from ragged import F32
 
 from engine.kernels.eager import EagerBackend
-from engine.kernels.gpu.backend import GpuBackend
+from engine.kernels.gpu.backend import GpuBackend, open_gpu_backend
 from engine.kernels.gpu.sampling import BLOCK, SECTION
 from engine.kernels.table import Backend, Logprobs
 
@@ -22,7 +22,7 @@ WIDTHS = [1, 7, 300, BLOCK, BLOCK + 1]
 
 @pytest.fixture(scope="module")
 def backend(device: torch.device) -> GpuBackend:
-    return GpuBackend(device)
+    return open_gpu_backend(device)
 
 
 def rows_of(kind: str, width: int) -> torch.Tensor:

@@ -145,7 +145,7 @@ def failing(backend: GpuBackend, **failures: int) -> GpuBackend:
         def compile(self, step: Any, *others: Any, **options: Any) -> GpuProgram:
             return super().compile(Failing(step, **failures), *others, **options)
 
-    return FailingBackend(backend.device)
+    return FailingBackend(backend.device, backend.machine)
 
 
 def test_a_step_too_large_for_the_gpu_is_cut(folder: str, device: torch.device) -> None:
