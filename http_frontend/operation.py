@@ -115,7 +115,7 @@ class Operation:
         name = "-".join(filter(None, [asked.profile_prefix, asked.profile_id or f"{time.time():.3f}"]))
         if not re.fullmatch(r"[\w.-]{1,200}", name) or name.startswith("."):
             raise invalid(f"profile_prefix and profile_id may have letters, digits, '_', '.' and '-', got {name!r}.")
-        folder = asked.output_dir or setting("TORCHPROFILER_DIR") or "/tmp"
+        folder = asked.output_dir or setting("TORCH_PROFILER_DIR") or "/tmp"
         await self._profile(
             Profile(
                 key=self._frontend.ring.next_key(), action="start", folder=folder, name=name,

@@ -47,6 +47,8 @@ def blame(journal: Journal, asked: Mapping[int, Question], lost: Lost) -> None:
     """After the death of a process: end the request, or the question, that has caused it, if that is known, or those
     that were there too often; note it of the others."""
     if lost.process == "scheduler":
+        if not lost.loaded:
+            return  # it had not heard of any of them
         _blame_for_step(journal, lost)
         for question in [one for one in asked.values() if one.sent and one.for_scheduler]:
             question.deaths += 1
@@ -78,13 +80,22 @@ def _blame_for_step(journal: Journal, lost: Lost) -> None:
         if lost.certain or culprit.trials >= MOST_UNCERTAIN_TRIALS:
             _give_up(journal, culprit)
         return
-    for entry in journal.sent():
+    sent = journal.sent()
+    ran = sent if lost.computed is None else _those(sent, lost.computed)
+    # Trials have acquitted who was there at so many deaths: then it may be one that only waits.
+    clueless = any(entry.deaths + 1 >= MOST_DEATHS for entry in ran)
+    for entry in sent if clueless or not ran else ran:
         entry.deaths += 1
         # A first SIGKILL is most often somebody's command: trials would only make the pause longer.
         if lost.certain or entry.deaths > 1:
             entry.suspect = entry.deaths
         if entry.deaths >= MOST_DEATHS:
             _give_up(journal, entry)
+
+
+def _those(entries: Iterable[Entry], keys: Iterable[int]) -> list[Entry]:
+    wanted = set(keys)
+    return [entry for entry in entries if entry.key in wanted]
 
 
 def _give_up(journal: Journal, entry: Entry) -> None:

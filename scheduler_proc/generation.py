@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from engine.config.run import ModelSource, Served, note_served
+from engine.wire.to_frontend import ExpertsRecorded
 from engine.wire.weights import (
     ContinueGeneration,
     Paused,
@@ -94,6 +95,14 @@ class Generation:
                 self._end(outcome)
         for answer in updates.read():
             self.outbox.send(answer)
+
+    def answer(self, key: int, answer: Callable[[], ExpertsRecorded], *, asks_ranks: bool) -> None:
+        """Answer the question `key` at once; but if the other ranks are asked, and they read new weights just now, when
+        they have: nobody else is to wait for that."""
+        if asks_ranks and self.updates is not None and self.updates.phase == "copying":
+            self.updates.later.append((key, answer))
+        else:
+            self.outbox.send(answer())
 
     def set_paused(self, paused: bool) -> None:
         """Pause or go on as a scheduler before this one did."""

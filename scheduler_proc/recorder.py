@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,8 @@ from engine.config import ServerConfig
 from engine.config.environment import setting
 from engine.kernels.batch import RaggedBatch
 from engine.kernels.table import Integers, Longs
+from engine.wire.to_frontend import ExpertsRecorded
+from engine.wire.to_scheduler import RecordExperts
 from scheduler_proc.record_spool import Spool, SpooledStep
 
 logger = logging.getLogger(__name__)
@@ -256,3 +258,15 @@ def obey(recorder: Recorder | None, action: str, rank: int = 0) -> str | None:
                 folder = recorder.settings.folder
                 return f"the expert distribution cannot be written to {str(folder)!r}: {error.strerror}"
     return None
+
+
+class OtherRanks(Protocol):
+    def record(self, action: str) -> str | None:
+        """Their records; returns why one of them could not do it."""
+        ...
+
+
+def recorded(message: RecordExperts, recorder: Recorder | None, others: OtherRanks | None) -> ExpertsRecorded:
+    """Carry out what is asked on all ranks, of which this one is the first."""
+    elsewhere = others.record(message.action) if others is not None else None
+    return ExpertsRecorded(message.key, obey(recorder, message.action) or elsewhere)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from engine.config import faults
@@ -14,7 +15,7 @@ from engine.wire.board import BEATS, Heart
 from engine.wire.failures import internal_error
 from engine.wire.operation import Profile, SlowDown, Tune
 from engine.wire.sockets import Inbox
-from engine.wire.to_frontend import Ended, ExpertsRecorded, Flushed, StartedOver, State
+from engine.wire.to_frontend import Ended, Flushed, StartedOver, State
 from engine.wire.to_scheduler import (
     Abort,
     Admit,
@@ -37,7 +38,7 @@ from scheduler_proc.operation import Operation
 from scheduler_proc.outputs import StepRows
 from scheduler_proc.planner import Planner
 from scheduler_proc.ranks import Ranks
-from scheduler_proc.recorder import obey
+from scheduler_proc.recorder import recorded
 from scheduler_proc.request import Request
 from scheduler_proc.runner import Runner
 from scheduler_proc.settings import SchedulerSettings
@@ -224,9 +225,9 @@ class Scheduler:
                 self.flushes.append((message, time.monotonic() + timeout))
             case QueryState(key):
                 self.outbox.send(State(key, self.state()))
-            case RecordExperts(key, action):
-                elsewhere = self.ranks.record(action) if self.ranks is not None else None
-                self.outbox.send(ExpertsRecorded(key, obey(self.runner.recorder, action) or elsewhere))
+            case RecordExperts(key):
+                answer = partial(recorded, message, self.runner.recorder, self.ranks)
+                self.generation.answer(key, answer, asks_ranks=self.ranks is not None)
             case Tune() | SlowDown() | Profile():
                 if self.ranks is not None and isinstance(message, Tune):
                     self.ranks.tell(message)

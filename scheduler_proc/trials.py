@@ -1,7 +1,7 @@
 """Trials: who was in flight when the scheduler died is computed alone before it joins the others again.
 
-The key of the request on trial stands on the board while its step is computed. Should the process die of it, the
-launcher finds the key there, and only the culprit is lost.
+The key of the request on trial stands on the board while its step is planned and computed. Should the process die of
+it, the launcher finds the key there, and only the culprit is lost.
 """
 
 from __future__ import annotations
@@ -40,18 +40,27 @@ class Trials:
             self.suspects.append(request)
 
     def plan(self, plan: list[Extend], hopeless: list[Request]) -> None:
-        """Plan the next step, as `Planner.plan`: of one suspect, or of all who are none."""
+        """Plan the next step, as `Planner.plan`: of one suspect, or of all who are none. The board has who runs then,
+        should the process die of the step."""
+        self._plan(plan, hopeless)
+        if self.board is not None:
+            self.board.note_computed([request.key for request in self.planner.running])
+
+    def _plan(self, plan: list[Extend], hopeless: list[Request]) -> None:
         if not self.suspects:
             self.planner.plan(plan, hopeless)
             return
         self.suspects = [r for r in self.suspects if r.trial and self.requests.get(r.key) is r]
         suspect = self._next()
         if suspect is not None and self._in_a_row < IN_A_ROW:
+            self._hold(suspect.key)
             self.planner.plan_alone(suspect, plan, hopeless)
+            if plan:
+                self._current, self._made = suspect, suspect.generated
+            else:
+                self._hold(0)
             if plan or hopeless:
                 self._in_a_row += 1
-                if plan:
-                    self._begin(suspect)
                 return
         self._in_a_row = 0
         self.planner.plan(plan, hopeless)
@@ -68,13 +77,11 @@ class Trials:
         """The step that was planned last is over."""
         if self._current is None:
             return
-        if self.board is not None:
-            self.board.hold("scheduler", 0)
+        self._hold(0)
         if self._current.generated > self._made:
             self._current.trial -= 1
         self._current = None
 
-    def _begin(self, suspect: Request) -> None:
-        self._current, self._made = suspect, suspect.generated
+    def _hold(self, key: int) -> None:
         if self.board is not None:
-            self.board.hold("scheduler", suspect.key)
+            self.board.hold("scheduler", key)

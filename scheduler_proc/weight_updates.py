@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from engine.wire.to_frontend import Failed
+from engine.wire.to_frontend import ExpertsRecorded, Failed
 from engine.wire.weights import ReadWeights, UpdateWeights, WeightRows
 from scheduler_proc.control_failures import failed_question
 from scheduler_proc.weights import Prepared, RefusedUpdateError, Weights
@@ -34,13 +34,14 @@ class Outcome:
 class WeightUpdates:
     """queue: the updates that have not ended; the first of them is the one that is in `phase`.
 
-    reads: what is to be answered once nobody writes to the weights.
+    reads, later: what is to be answered once nobody writes to the weights; of `later` the key, and what answers it.
     """
 
     weights: Weights
     queue: list[UpdateWeights] = field(default_factory=list)
     phase: Phase = "waiting"
     reads: list[ReadWeights] = field(default_factory=list)
+    later: list[tuple[int, Callable[[], ExpertsRecorded]]] = field(default_factory=list)
     _prepared: Prepared | None = None
     _job: Future[Any] | None = None
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "weight update"))
@@ -73,12 +74,13 @@ class WeightUpdates:
             return self._end(None)
         return None
 
-    def read(self) -> list[WeightRows | Failed]:
-        """The answers to `reads`; none while weights are copied."""
-        if self.phase == "copying" or not self.reads:
+    def read(self) -> list[WeightRows | ExpertsRecorded | Failed]:
+        """The answers to `reads` and `later`; none while weights are copied."""
+        if self.phase == "copying" or not (self.reads or self.later):
             return []
         reads, self.reads = self.reads, []
-        return [self._rows(read) for read in reads]
+        later, self.later = self.later, []
+        return [*(self._rows(read) for read in reads), *(_answered(key, answer) for key, answer in later)]
 
     def _rows(self, read: ReadWeights) -> WeightRows | Failed:
         try:
@@ -107,3 +109,11 @@ class WeightUpdates:
     def _end(self, refusal: str | None) -> Outcome:
         self.phase, self._prepared = "waiting", None
         return Outcome(self.queue.pop(0), refusal)
+
+
+def _answered(key: int, answer: Callable[[], ExpertsRecorded]) -> ExpertsRecorded | Failed:
+    try:
+        return answer()
+    except Exception as error:
+        logger.exception("A question that has waited for new weights failed")
+        return failed_question(key, error)

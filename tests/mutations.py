@@ -121,6 +121,8 @@ def _value(rng: random.Random, kind: inspect.Type, absurd: float) -> Any:
             return rng.choice(list(values))
         case inspect.ListType(item_type=item):
             return [_value(rng, item, absurd) for _ in range(rng.choice((0, 1, 2, 2, 2, 3)))]
+        case inspect.VarTupleType(item_type=item):
+            return tuple(_value(rng, item, absurd) for _ in range(rng.randrange(4)))
         case inspect.TupleType(item_types=items):
             return tuple(_value(rng, item, absurd) for item in items)
         case inspect.DictType(key_type=key, value_type=value):

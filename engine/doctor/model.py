@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +18,13 @@ from engine.checkpoints.tokenizer import load_tokenizer
 from engine.checkpoints.weight_files import file_stamps
 from engine.config import ConfigError, ServerConfig
 from engine.doctor.finding import Finding
+from engine.doctor.software import Gpu
 from engine.launcher.resolve import Resolved, resolve
 
 POOL_SHARE = 0.5
 """Of what is free beside the weights, the part that the KV pool takes at most by default."""
+GPU_SHARE = 0.88
+"""Of a GPU's free memory, the part that weights and pool take by default."""
 
 
 @dataclass(frozen=True)
@@ -38,16 +41,22 @@ class Needs:
 class Have:
     """Bytes. total: of the machine. available: for a process like this, its cgroup's limit heeded.
 
-    unseen_limit: of a cgroup of version 1, which the server does not heed; None: no limit.
+    unseen_limit: of a cgroup of version 1, which the server does not heed; None: no limit. pool_share: of what the
+    weights leave of `available`, the part that the KV pool takes at most by default. where: behind the numbers.
     """
 
     total: int
     available: int
     unseen_limit: int | None = None
+    pool_share: float = POOL_SHARE
+    where: str = ""
 
 
-def model(config: ServerConfig, have: Have) -> Iterator[Finding]:
-    """Find the model, read all of it but the numbers themselves, and compare what it needs with what there is."""
+def model(config: ServerConfig, have: Have | None) -> Iterator[Finding]:
+    """Find the model, read all of it but the numbers themselves, and compare what it needs with what there is.
+
+    have: None where that is not known.
+    """
     try:
         resolved = resolve(config)
     except ConfigError as error:
@@ -85,7 +94,7 @@ def _tokenizer(resolved: Resolved) -> Finding:
     return Finding("tokenizer", "ok", f"{resolved.tokenizer.path}, with {template}")
 
 
-def _weights(resolved: Resolved, have: Have) -> Iterator[Finding]:
+def _weights(resolved: Resolved, have: Have | None) -> Iterator[Finding]:
     import torch
 
     from engine.kernels.choice import open_backend
@@ -121,7 +130,8 @@ def _weights(resolved: Resolved, have: Have) -> Iterator[Finding]:
     except (ConfigError, MemoryError) as error:
         yield Finding("weights", "error", f"{type(error).__name__}: {error}", "a smaller model may fit")
     else:
-        yield memory(needs, have)
+        if have is not None:
+            yield memory(needs, have)
 
 
 def memory(needs: Needs, have: Have) -> Finding:
@@ -130,19 +140,19 @@ def memory(needs: Needs, have: Have) -> Finding:
     whole = needs.context * needs.token
     shown = (
         f"weights {needs.weights / 1e9:.2f} GB, a context of {needs.context} tokens {whole / 1e9:.2f} GB; "
-        f"{have.available / 1e9:.1f} of {have.total / 1e9:.1f} GB are available"
+        f"{have.available / 1e9:.1f} of {have.total / 1e9:.1f} GB are available{have.where}"
     )
     if free <= 0:
         may_fit = needs.weights < 0.9 * have.total
         advice = "end other programs or raise the cgroup's limit" if may_fit else "serve a smaller model"
         return Finding("memory", "error", shown, f"{advice}; --dtype bfloat16 halves a float32 model")
-    if have.unseen_limit is not None and needs.weights + min(whole, free * POOL_SHARE) > have.unseen_limit:
+    if have.unseen_limit is not None and needs.weights + min(whole, free * have.pool_share) > have.unseen_limit:
         message = f"{shown}; a cgroup of version 1 allows {have.unseen_limit / 1e9:.1f} GB"
         return Finding("memory", "error", message, "raise its limit, or give a small --max-total-tokens")
     if needs.pool is not None and needs.pool * needs.token > free:
         return Finding("memory", "error", shown, f"--max-total-tokens {needs.pool}: at most {free // needs.token} fit")
-    if needs.pool is None and whole > free * POOL_SHARE:
-        fit = int(free * POOL_SHARE) // needs.token
+    if needs.pool is None and whole > free * have.pool_share:
+        fit = int(free * have.pool_share) // needs.token
         advice = f"give --context-length {max(fit, 1)}, or a --mem-fraction-static near 1"
         return Finding("memory", "warning", f"{shown}; the pool will hold {fit} tokens, not a whole context", advice)
     return Finding("memory", "ok", shown)
@@ -152,3 +162,17 @@ def have_now(unseen_limit: int | None) -> Have:
     from engine.kernels.host_memory import available_memory
 
     return Have(psutil.virtual_memory().total, available_memory(), unseen_limit)
+
+
+def have_on_gpus(config: ServerConfig, gpus: Sequence[Gpu]) -> Have | None:
+    """Of all ranks' GPUs together, each taken for as full and as small as the worst of this machine; None where not
+    each rank has one. What may be taken counts as available: the rest is for activations."""
+    if len(gpus) < config.tp_size // config.nnodes:
+        return None
+    share = config.mem_fraction_static or GPU_SHARE
+    return Have(
+        total=config.tp_size * min(gpu.total for gpu in gpus),
+        available=int(config.tp_size * min(gpu.free for gpu in gpus) * share),
+        pool_share=1.0,
+        where=f" to weights and pool on {config.tp_size} GPU{'' if config.tp_size == 1 else 's'}",
+    )

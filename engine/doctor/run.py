@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import locale
 import os
 import platform
@@ -15,8 +16,9 @@ import msgspec
 import engine
 from engine.config import ServerConfig
 from engine.config.command_line import BriefParser, parse_serve
-from engine.doctor import machine, place, software
+from engine.doctor import device, machine, place, software
 from engine.doctor.finding import Finding, read_text
+from engine.launcher.device import gpu_count
 
 Check = Callable[[], Iterable[Finding]]
 
@@ -54,9 +56,11 @@ def doctor(argv: Sequence[str]) -> int:
 def _all(config: ServerConfig, warnings: Sequence[str]) -> Iterator[Finding]:
     for warning in warnings:
         yield Finding("flags", "warning", warning, "leave it out")
+    torch = functools.cache(software.look_at_torch)
     checks: dict[str, Check] = {
         "python": lambda: [software.python(sys.version_info[:3], sys.executable)],
-        "torch": lambda: [software.torch_import()],
+        "torch": lambda: [software.judge_torch(torch())],
+        "device": lambda: [device.device(config, gpu_count(), torch())],
         "processor": lambda: [machine.processor(read_text("/proc/cpuinfo"), platform.machine())],
         "kernels": lambda: _kernels(config),
         "threads": lambda: [_threads(config)],
@@ -68,8 +72,11 @@ def _all(config: ServerConfig, warnings: Sequence[str]) -> Iterator[Finding]:
         "port": lambda: [place.port(config)],
         "clock": lambda: [machine.clock(time.time(), Path(engine.__file__).stat().st_mtime)],
         "locale": lambda: [machine.text_encoding(sys.getfilesystemencoding(), locale.getpreferredencoding(False))],
-        "model": lambda: _model(config),
+        "model": lambda: _model(config, torch()),
     }
+    if device.is_cuda(config):  # the processor's kernels and threads are idle
+        for name in ("processor", "kernels", "threads"):
+            del checks[name]
     for name, check in checks.items():
         yield from _guarded(name, check)
 
@@ -88,9 +95,12 @@ def _kernels(config: ServerConfig) -> list[Finding]:
     return [kernels(config)]
 
 
-def _model(config: ServerConfig) -> Iterator[Finding]:
-    from engine.doctor.model import have_now, model
+def _model(config: ServerConfig, torch: software.Torch | str) -> Iterator[Finding]:
+    from engine.doctor.model import have_now, have_on_gpus, model
 
+    if device.is_cuda(config):
+        gpus = () if isinstance(torch, str) else device.gpus_of_ranks(config, torch)
+        return model(config, have_on_gpus(config, gpus))
     folder = machine.cgroup_v1(read_text("/proc/self/cgroup"), "memory")
     limit = machine.limit_v1(read_text(f"{folder}/memory.limit_in_bytes")) if folder else None
     return model(config, have_now(limit))

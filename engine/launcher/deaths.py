@@ -36,7 +36,8 @@ def replace(tree: Tree, child: Child) -> None:
         # A rank ends, or waits, because of one that was killed or stopped.
         certain = child.died_by_itself(tree.board.struck) and not struck
         if tree.serves:
-            tree.frontend.send(Lost(name, tree.run.epoch, suspect, certain))
+            computed = tree.board.take_computed() if name == "scheduler" else None
+            tree.frontend.send(Lost(name, tree.run.epoch, suspect, certain, computed, name in tree.ready))
     _bury(tree, child, "it is started again" + (f" in {delay:g} s" if delay else ""))
     for mate in mates:
         _bury(tree, mate, f"it was ended since {child.program.title} has; it is started again")

@@ -6,6 +6,10 @@ import importlib.util
 import os
 import re
 from pathlib import Path
+from typing import Literal
+
+Lack = Literal["gpu", "torch", "triton"]
+"""What serving on GPUs needs: a GPU for each rank, a torch that is built for CUDA, and triton."""
 
 _DEVICES = Path("/dev")
 _DRIVERS = ("nvidiactl", "dxg")
@@ -20,8 +24,17 @@ def served_device(wanted: str, ranks: int, first: int = 0) -> str:
     """
     if wanted != "auto":
         return wanted
-    served = first + ranks <= gpu_count() and _torch_for_cuda() and importlib.util.find_spec("triton") is not None
-    return "cuda" if served else "cpu"
+    return "cpu" if lacks(ranks, first) else "cuda"
+
+
+def lacks(ranks: int, first: int = 0) -> list[Lack]:
+    """What this machine lacks to serve so many ranks on its GPUs, from number `first` on."""
+    there: dict[Lack, bool] = {
+        "gpu": first + ranks <= gpu_count(),
+        "torch": _torch_for_cuda(),
+        "triton": importlib.util.find_spec("triton") is not None,
+    }
+    return [name for name, found in there.items() if not found]
 
 
 def gpu_count() -> int:

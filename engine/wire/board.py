@@ -2,7 +2,8 @@
 
 Each process writes there, from its own loop, when that last turned: a loop that hangs stops doing so. It also writes
 there whom it has in hand: the scheduler whom it has on trial (`scheduler_proc/trials.py`), the tokenizer and the
-detokenizer whose text they are about to read or make. One that dies of it has so named the culprit.
+detokenizer whose text they are about to read or make. One that dies of it has so named the culprit. And the scheduler
+writes there which requests run: those that wait are not the first to be suspected.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import mmap
 import os
 import time
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 BEATS = 1.0
@@ -22,7 +24,11 @@ _SLOTS = (
 )  # fmt: skip
 _WORKERS = 64
 """Slot of worker 0, which there is not: rank 0 is the scheduler."""
-_SIZE = 8 * 256
+_COMPUTED = 256
+"""Slot of how many keys of requests that run stand in the slots behind it; _NOT_KNOWN: nobody can tell."""
+_MOST_COMPUTED = 4095
+_NOT_KNOWN = -1
+_SIZE = 8 * (_COMPUTED + 1 + _MOST_COMPUTED)
 
 
 def _slot(process: str) -> int:
@@ -67,6 +73,20 @@ class Board:
     def held(self, process: str) -> int:
         """The key that `process` has in hand; 0 for none."""
         return self._slots[_SLOTS.index(process + "'s hand")]
+
+    def note_computed(self, keys: Sequence[int]) -> None:
+        """The scheduler computes the requests `keys` from now on. Should it die in here, that is not known."""
+        self._slots[_COMPUTED] = _NOT_KNOWN
+        if len(keys) <= _MOST_COMPUTED:
+            self._slots[_COMPUTED + 1 : _COMPUTED + 1 + len(keys)] = memoryview(array("q", keys))
+            self._slots[_COMPUTED] = len(keys)
+
+    def take_computed(self) -> list[int] | None:
+        """The requests that the scheduler was computing, which are forgotten; None where that is not known."""
+        count = self._slots[_COMPUTED]
+        keys = None if count == _NOT_KNOWN else self._slots[_COMPUTED + 1 : _COMPUTED + 1 + count].tolist()
+        self._slots[_COMPUTED] = 0
+        return keys
 
     def note_load(self, running: int, waiting: int) -> None:
         """How many requests the scheduler computes, and how many wait."""

@@ -50,13 +50,16 @@ class Lost(msgspec.Struct, frozen=True, array_like=True, tag=True):
     that all are there again.
 
     suspect: key of the request or question that it had in hand when it died (`Board.hold`). certain: whether it has
-    died by what it did; it may also have been killed or stopped from outside.
+    died by what it did; it may also have been killed or stopped from outside. computed: keys of the requests that a
+    scheduler was computing; None: not known. loaded: it was ready, so that it may have died of a request.
     """
 
     process: str
     epoch: int
     suspect: int | None = None
     certain: bool = True
+    computed: list[int] | None = None
+    loaded: bool = True
 
 
 class GiveUp(msgspec.Struct, frozen=True, array_like=True, tag=True):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import random
+import time
 from typing import Any
 
 import pytest
@@ -162,6 +164,21 @@ def test_a_pattern_that_does_not_compile_ends_its_request_alone() -> None:
     result, ended = decoder.decode(step([(1, a), (2, a)], [bad, opened(2)]))
     assert result is not None and result.texts == ["", "a"] and ended == [1]
     assert result.finished[0].status == 500
+
+
+def test_a_pattern_that_takes_too_long_in_all_ends_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = StepDecoder(tokenizer())
+    a = tokenizer().backend.token_to_id("a")
+    clock = itertools.count()
+    monkeypatch.setattr(time, "process_time", lambda: next(clock) / 100)
+    slow = opened(1, text_options=TextOptions(stop_regex=["never"]))
+    result, ended = decoder.decode(step([(1, a), (2, a)], [slow, opened(2)]))
+    for _ in range(30):
+        if not ended:
+            result, ended = decoder.decode(step([(1, a), (2, a)]))
+    assert result is not None and result.texts == ["a", "a"] and ended == [1] and list(result.finished) == [0]
+    assert result.finished[0].status == 400 and "for all patterns took over" in (result.finished[0].message or "")
+    assert shown(decoder, step([(2, a)])).texts == ["a"]
 
 
 def test_a_request_for_no_tokens_ends_without_text() -> None:

@@ -190,6 +190,38 @@ def test_a_pattern_that_takes_too_long_ends_its_request() -> None:
     assert finish.message is not None and re.escape(evil) in re.escape(finish.message)
 
 
+def advance(
+    patterns: list[str], seconds: float, most: int, monkeypatch: pytest.MonkeyPatch
+) -> tuple[int, Finish | None]:
+    """Tokens one after another, at each look at the clock so many seconds later; how many came, and the end."""
+    request = RequestText(opened(stop_regex=patterns), ChunkStreams(["x"] * most))  # type: ignore[arg-type]
+    clock = itertools.count()
+    monkeypatch.setattr(time, "process_time", lambda: next(clock) * seconds)
+    for token in range(most):
+        _, finish = request.advance(token, None)
+        if finish is not None:
+            return token + 1, finish
+    return most, None
+
+
+def test_a_pattern_that_takes_a_little_too_long_again_and_again_ends_its_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokens, finish = advance(["never"], 0.01, 1000, monkeypatch)  # 30 ms a token
+    assert finish is not None and (finish.kind, finish.status) == ("abort", 400)
+    assert tokens == 18
+    assert finish.message == (
+        "stop_regex 'never' was given up: searching the texts of 18 tokens for all patterns took over 518 ms"
+    )
+    # Patterns share the budget: 15 ms a token for each of two.
+    tokens, finish = advance(["never", "nor this"], 0.005, 1000, monkeypatch)
+    assert finish is not None and tokens == 18
+
+
+def test_a_long_answer_may_be_searched_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert advance(["never"], 0.0003, 5000, monkeypatch) == (5000, None)
+
+
 def test_time_in_which_the_process_did_not_run_is_not_held_against_a_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
     """A container over its CPU quota stands still for longer than a search may take."""
     patterns = ["(a|b)+c.*d", "(b|a)+c.*d"]

@@ -46,6 +46,13 @@ def test_small_switches(live: Live) -> None:
     assert client.get("/set_trace_level?level=x").json()["type"] == "Bad Request"
 
 
+def test_the_environment_says_where_profiles_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SGLANG_TORCH_PROFILER_DIR", str(tmp_path))
+    with live_frontend() as live:
+        assert live.client.get("/start_profile").status_code == 200
+        assert live.ring.kinds(Profile)[-1].folder == str(tmp_path)
+
+
 def test_profiles_go_to_the_scheduler(live: Live, tmp_path: Path) -> None:
     client = live.client
     body = {"output_dir": str(tmp_path), "num_steps": "5", "profile_prefix": "a", "profile_id": "b", "activities": None}

@@ -169,6 +169,34 @@ def test_three_deaths_that_nobody_is_known_to_have_caused_are_too_many(live: Liv
     assert events(streamed.result())[-1]["meta_info"]["finish_reason"]["status_code"] == 500
 
 
+def suspicion(live: Live, rid: str) -> int:
+    """What the scheduler that lives was told of it."""
+    return next(one.message.suspect for one in live.ring.running.values() if one.message.rid == rid)
+
+
+def test_who_has_only_waited_is_not_suspected_before_those_that_ran(live: Live) -> None:
+    ran, waited = begin(live, **call("abc", 2000, rid="ran")), begin(live, **call("abcd", 900, rid="waited"))
+    made(live, 2, 1)
+    key = live.ring.by_rid("ran").key
+    for epoch in (1, 2, 3):
+        assert (suspicion(live, "ran"), suspicion(live, "waited")) == (epoch - 1, 0)
+        live.lose("scheduler", epoch, computed=[key, 10**6])
+        live.replace(epoch)
+        made(live, 2 if epoch < 3 else 1, 1)
+    assert ran.result().status_code == 500 and "Request ran was in flight at 3 deaths" in ran.result().text
+    assert suspicion(live, "waited") == 1  # no trial has named who ran: it may have been this one
+    live.lose("scheduler", 4, computed=[])
+    live.replace(4)
+    made(live, 1, 1)
+    assert suspicion(live, "waited") == 2  # nobody ran
+    for epoch in (5, 6, 7):  # while it loads
+        live.lose("scheduler", epoch, loaded=False)
+        live.replace(epoch)
+    made(live, 1, 1)
+    assert suspicion(live, "waited") == 2
+    assert waited.result().json()["text"] == expected("abcd", 900)[0]
+
+
 def test_whoever_hangs_up_or_is_aborted_meanwhile_is_not_sent_again(live: Live) -> None:
     aborted = begin(live, **call("abc", 2000, rid="aborted"))
     made(live, 1, 3)

@@ -139,6 +139,45 @@ def test_suspects_are_computed_alone_at_first(tmp_path: Any, deaths: int) -> Non
     assert sent.tokens[7, 0] == expected_tokens(PROMPT, 20)
 
 
+def test_the_board_has_who_runs_and_not_who_waits(tmp_path: Any) -> None:
+    scheduler, sent = scheduler_with(max_running=2)
+    heart = Heart(str(tmp_path), "scheduler")
+    trials = Trials(scheduler.planner, scheduler.requests, heart.board)
+    scheduler.trials = scheduler.steps.trials = scheduler.admission.trials = trials
+    board = Board(str(tmp_path))
+    seen: set[tuple[int, ...]] = set()
+    run = scheduler.runner.program.run
+
+    def watched(batch: Any, rows: Any) -> Any:
+        seen.add(tuple(board.take_computed() or ()))
+        return run(batch, rows)
+
+    scheduler.runner.program.run = watched  # type: ignore[method-assign]
+    for key in range(1, 6):
+        scheduler.handle(admit(key, [*PROMPT[:6], 20 + key], new=5))
+    run_to_end(scheduler)
+    assert len(sent.finishes) == 5 and seen == {(1, 2), (3, 4), (5,)}
+
+
+def test_one_that_kills_the_planning_of_its_trial_is_named(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler, _ = scheduler_with()
+    heart = Heart(str(tmp_path), "scheduler")
+    trials = Trials(scheduler.planner, scheduler.requests, heart.board)
+    scheduler.trials = scheduler.steps.trials = scheduler.admission.trials = trials
+    scheduler.handle(attempt(admit(4, PROMPT, new=3), 1, suspect=1))
+
+    def dies(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(scheduler.planner), "plan_alone", dies)
+        with pytest.raises(KeyboardInterrupt):
+            scheduler.turn()
+    assert heart.board.held("scheduler") == 4
+    run_to_end(scheduler)
+    assert heart.board.held("scheduler") == 0
+
+
 def test_a_question_that_is_asked_twice_is_done_once() -> None:
     sent: list[Any] = []
 

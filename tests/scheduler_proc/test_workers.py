@@ -29,12 +29,16 @@ from engine.kernels.table import Backend, Program
 from engine.models.model import Model
 from engine.models.registry import build_model
 from engine.parallel.group import GroupLostError
+from engine.wire.to_frontend import Failed
+from engine.wire.to_scheduler import QueryState, RecordExperts
 from engine.wire.to_worker import FromWorker, HeldPart, RevertWeights, ToWorker
+from engine.wire.weights import UpdateWeights
 from scheduler_proc import weights as weights_module
 from scheduler_proc.ranked_program import Bounds, RankedProgram
 from scheduler_proc.ranks import Ranks, put_together
 from scheduler_proc.request import new_request
 from scheduler_proc.sampler import sample, wanted_logits
+from scheduler_proc.weight_updates import WeightUpdates
 from scheduler_proc.weights import Checkpoint, RefusedUpdateError, Weights, file_stamps
 from scheduler_proc.worker import Line, Worker
 
@@ -233,6 +237,53 @@ def test_weights_are_replaced_on_all_ranks_or_on_none(tmp_path: Path, monkeypatc
         assert outputs(program, divided=True) == after
         assert first.weights.rows(name, 5) == rows
         assert first.weights.rows("no such tensor", 5) is None
+
+
+def test_a_question_to_all_ranks_keeps_nobody_waiting_while_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = tiny_llama(tmp_path / "old")
+    new = upside_down(old, tmp_path / "new")
+    reads, may_go_on = threading.Event(), threading.Event()
+    copy = weights_module.copy_weights
+    with group(old, 2) as (program, first, (other,)):
+
+        def slow(reader: Any, places: Any, **options: Any) -> None:
+            if places is other.model.places:
+                reads.set()
+                may_go_on.wait(10)
+            copy(reader, places, **options)
+
+        monkeypatch.setattr(weights_module, "copy_weights", slow)
+        updates = WeightUpdates(first.weights)
+        scheduler, sent = scheduler_over(
+            backend("reference"), program, SLOTS, longest=199, eos_ids=[], updates=updates
+        )  # fmt: skip
+        scheduler.ranks = first.weights.ranks
+        scheduler.handle(UpdateWeights(key=7, model_path=str(new)))
+        while not reads.wait(0.01):
+            scheduler.turn()
+        for key, action in ((8, "start"), (9, "dump")):
+            scheduler.handle(RecordExperts(key, action))  # type: ignore[arg-type]
+        scheduler.handle(QueryState(10))
+        scheduler.turn()
+        assert [message.key for message in sent.others] == [10]
+        may_go_on.set()
+        while scheduler.generation.updating:
+            updates.wait(1.0)
+            scheduler.turn()
+        assert [message.key for message in sent.others] == [10, 7, 8, 9]
+        assert all("is not set" in message.error for message in sent.others[2:])
+
+        def broken(action: str) -> None:
+            raise RuntimeError(f"{action} is broken")
+
+        monkeypatch.setattr(Ranks, "record", lambda self, action: broken(action))
+        updates.phase = "copying"
+        scheduler.handle(RecordExperts(11, "stop"))
+        assert not updates.read()
+        updates.phase = "waiting"
+        assert updates.read() == [Failed(11, "internal error: RuntimeError: stop is broken")]
 
 
 def test_a_rank_shows_signs_of_life_while_it_copies(tmp_path: Path) -> None:

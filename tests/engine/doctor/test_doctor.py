@@ -18,9 +18,11 @@ from engine.config import ServerConfig
 from engine.doctor import kernels, machine, model, place, run, software
 from engine.doctor.finding import Finding
 from engine.doctor.model import Have, Needs, memory
+from engine.doctor.software import Torch
 
 GB = 10**9
 PLENTY = Have(total=16 * GB, available=12 * GB)
+CPU_TORCH = Torch("2.5.1+cpu", None, 1.25)
 
 
 def cpuinfo(flags: str) -> str:
@@ -90,9 +92,19 @@ def test_cgroups_of_version_1() -> None:
 def test_software() -> None:
     assert software.python((3, 10, 4), "/bin/python").level == "error"
     assert software.python((3, 11, 0, "final"), "/bin/python") == Finding("python", "ok", "3.11.0 at /bin/python")
-    assert software.judge_torch("2.5.1+cpu", "-", "1.25").message == "2.5.1+cpu, CPU build; imported in 1.2 s"
-    assert "CUDA 12.4, of which only the CPU part" in software.judge_torch("2.5.1", "12.4", "2").message
-    assert software.judge_torch("2.5.1", "-", "11").level == "warning"
+    assert software.judge_torch(CPU_TORCH).message == "2.5.1+cpu, CPU build; imported in 1.2 s"
+    assert software.judge_torch(Torch("2.8.0", "12.8", 2)).message == "2.8.0, build for CUDA 12.8; imported in 2.0 s"
+    assert software.judge_torch(Torch("2.5.1", None, 11)).level == "warning"
+    assert software.judge_torch("ImportError: libgomp").level == "error"
+
+
+def test_torch_is_looked_at_in_a_process_of_its_own() -> None:
+    found = software.look_at_torch()
+    assert isinstance(found, Torch) and found.seconds > 0
+    import torch
+
+    assert (found.release, found.cuda) == (torch.__version__, torch.version.cuda)
+    assert len(found.gpus) == torch.cuda.device_count()
 
 
 @pytest.mark.parametrize(
@@ -188,7 +200,7 @@ def test_an_error_is_the_exit_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(software, "torch_import", lambda: software.judge_torch("2.5.1", "-", "1"))
+    monkeypatch.setattr(software, "look_at_torch", lambda: CPU_TORCH)
     words = ["--port", "0", "--cpu-threads", "1", "--skip-tokenizer-init"]
     assert main(["doctor", str(tiny_llama(tmp_path / "model")), *words]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -214,4 +226,4 @@ def test_this_machine_and_the_bundled_model() -> None:
     errors = [finding for finding in report["findings"] if finding["level"] == "error"]
     assert done.returncode == 0 and not errors, errors
     checks = [finding["check"] for finding in report["findings"]]
-    assert {"python", "torch", "kernels", "model", "tokenizer", "weights", "memory", "port"} <= set(checks)
+    assert {"python", "torch", "device", "kernels", "model", "tokenizer", "weights", "memory", "port"} <= set(checks)

@@ -2,7 +2,7 @@
 
 Manners: good; loads (is never ready); crashes (while loading, with 40 lines on stderr); holds (answers a drain with
 nothing); stays (ignores SIGTERM); faults (reads a bad address at SIGUSR1); dies (soon after it is ready, but
-for its first life).
+for its first life); unborn (dies before it is ready, in its second life).
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ def main() -> None:
         for number in range(40):
             say(f"line {number} of the trouble")
         sys.exit(3)
+    if words.manner == "unborn" and config.epoch == 1:
+        sys.exit(5)
     if words.manner == "stays":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if words.manner == "faults":
@@ -83,8 +85,9 @@ def play_frontend(
                 case Serving(epoch, limits):
                     say(f"serving epoch {epoch} with {limits.max_total_num_tokens} tokens")
                     launcher.send(Warm())
-                case Lost(process, epoch, suspect, certain):
-                    say(f"lost the {process} in epoch {epoch}, suspect {suspect}, certain {certain}")
+                case Lost(process, epoch, suspect, certain, computed, loaded):
+                    blame = f"suspect {suspect}, certain {certain}, computed {computed}, loaded {loaded}"
+                    say(f"lost the {process} in epoch {epoch}, {blame}")
                 case GiveUp(text):
                     say(f"told: {text}")
                     sys.exit(0)

@@ -62,6 +62,17 @@ def test_a_fault_of_its_own_is_told_from_one_that_is_sent(start: Start) -> None:
         assert launch.ends() == 0
 
 
+def test_one_that_dies_before_it_is_ready_is_said_to(start: Start) -> None:
+    with start(manners={"scheduler": "unborn"}) as launch:
+        launch.hear_ready()
+        os.kill(pid_of(launch, "scheduler"), signal.SIGKILL)
+        launch.hear("serving epoch 2 with")
+        assert "in epoch 1, suspect None, certain False, computed [], loaded True" in launch.said
+        assert "in epoch 2, suspect None, certain True, computed [], loaded False" in launch.said
+        launch.process.terminate()
+        assert launch.ends() == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
 def test_a_child_that_dies_is_started_again(start: Start, tmp_path: Path, number: signal.Signals) -> None:
     with start() as launch:
@@ -69,14 +80,17 @@ def test_a_child_that_dies_is_started_again(start: Start, tmp_path: Path, number
         (folder,) = (tmp_path / "s").iterdir()
         board = Board(str(folder))
         board.hold("scheduler", 77)
+        board.note_computed([77, 78])
         os.kill(launch.pids()["the scheduler"], number)
         launch.hear("serving epoch 1 with 1000 tokens")
-        assert "lost the scheduler in epoch 1, suspect 77, certain False" in launch.said
+        assert "lost the scheduler in epoch 1, suspect 77, certain False, computed [77, 78], loaded True" in launch.said
         assert f"was killed by {number.name}" in launch.said and "it is started again. Its last lines:" in launch.said
-        assert board.held("scheduler") == 0
+        assert board.held("scheduler") == 0 and board.take_computed() == []
+        board.note_computed([79])
         os.kill(launch.pids()["the tokenizer"], number)
         launch.hear("serving epoch 2 with 1000 tokens")
-        assert "lost the tokenizer in epoch 2, suspect None" in launch.said
+        assert "lost the tokenizer in epoch 2, suspect None, certain False, computed None" in launch.said
+        assert board.take_computed() == [79]  # the scheduler lives
         os.kill(launch.pids()["the frontend"], number)
         launch.hear("serving epoch 3 with 1000 tokens")
         launch.hear("the frontend serves again")
