@@ -18,6 +18,7 @@ from engine.kernels.queued import Draws, Outcome, Scores
 from engine.kernels.table import Backend, Floats, Logprobs, Longs
 from engine.wire.results import FLOAT32_MIN, Scored, TokenLogprobs
 from engine.wire.sampling import LogprobOptions
+from scheduler_proc.constraint import GrammarError
 from scheduler_proc.request import Request
 
 GREEDY_BELOW = 1e-6
@@ -108,7 +109,8 @@ def adjust(row: torch.Tensor, request: Request, eos_ids: list[int]) -> None:
     """
     sampling, constraint = request.admit.sampling, request.constraint
     complete = constraint is not None and constraint.complete
-    if request.generated < request.min_new_tokens and not complete:
+    too_short = request.generated < request.min_new_tokens and not complete
+    if too_short:
         # Clients may name stop ids that the vocabulary does not have: those cannot come anyway.
         row[[token for token in eos_ids + sampling.stop_token_ids if 0 <= token < len(row)]] = -torch.inf
     if request.output_counts:
@@ -119,6 +121,11 @@ def adjust(row: torch.Tensor, request: Request, eos_ids: list[int]) -> None:
         row[ids] = torch.where(z < 0, z * penalty, z / penalty).clamp(max=_LARGEST).float()
     if constraint is not None:
         row.masked_fill_(torch.from_numpy(constraint.forbidden()).to(row.device), -torch.inf)
+        if too_short and bool((row == -torch.inf).all()):
+            raise GrammarError(
+                f"The grammar allows nothing but an end after {request.generated} tokens; min_new_tokens is "
+                f"{request.min_new_tokens}"
+            )
     if sampling.logit_bias:
         ids = torch.tensor([int(key) for key in sampling.logit_bias], dtype=torch.int64, device=row.device)
         bias = torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float64, device=row.device)

@@ -105,6 +105,12 @@ def test_a_complete_grammar_ends_before_the_minimum_length() -> None:
     assert text_of(tokens) == "ca" and finish == Finish("stop", matched=EOS)
 
 
+def test_a_grammar_that_has_only_stop_tokens_before_the_minimum_length_is_an_error() -> None:
+    stops = ids_of("ab")
+    _, finish = alone(admit(1, [5, 7], min_new_tokens=3, stop_token_ids=stops, grammar=Grammar("regex", "[ab]z*")))
+    assert finish.status == 400 and "after 0 tokens; min_new_tokens is 3" in (finish.message or "")
+
+
 def test_a_bias_cannot_allow_what_the_grammar_forbids() -> None:
     (token,) = ids_of("z")
     tokens, _ = alone(
