@@ -127,7 +127,8 @@ class Clients:
             async with asyncio.timeout(self.patience):
                 outcome = await self._once(job, fate, sent)
         except LostConnectionError as error:
-            self.ledger.incident("lost", f"{name}: {error}", sent)
+            unread = sum(item["completion_tokens"] for item in self.oracle[job.name]) if fate == "slow" else 0
+            self.ledger.incident("lost", f"{name}: {error}", sent, behind=_SLOWNESS * unread)
             self.ledger.requests["connection lost with the frontend, asked again"] += 1
         except RefusedError:
             self.ledger.requests["refused with 503, asked again"] += 1

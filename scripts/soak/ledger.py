@@ -31,13 +31,15 @@ class Incident:
     """Something that is right only if something else happened while the request ran.
 
     kind: lost (needs a dead frontend), unhealthy (any outage), aborted (a call that ends all), given up (deaths of the
-    scheduler), cut (an answer that says that the server cannot go on).
+    scheduler), cut (an answer that says that the server cannot go on). behind: seconds by which a client that reads
+    slowly may have noticed it late, as what was sent before comes first.
     """
 
     kind: str
     what: str
     sent: float
     noticed: float
+    behind: float = 0.0
 
 
 @dataclass
@@ -61,8 +63,8 @@ class Ledger:
         print(f"VIOLATION at {moment}", flush=True)
         self.violations.append(moment)
 
-    def incident(self, kind: str, what: str, sent: float) -> None:
-        self.incidents.append(Incident(kind, what, sent, time.monotonic()))
+    def incident(self, kind: str, what: str, sent: float, behind: float = 0.0) -> None:
+        self.incidents.append(Incident(kind, what, sent, time.monotonic(), behind))
 
     def unexcused(self) -> list[str]:
         """What is said of the incidents that nothing explains."""
@@ -83,7 +85,7 @@ class Ledger:
         return any(
             outage.process == "frontend"
             and incident.sent <= outage.whole
-            and outage.dead - 1.0 <= incident.noticed <= outage.whole + _GRACE
+            and outage.dead - 1.0 <= incident.noticed <= outage.whole + _GRACE + incident.behind
             for outage in self.outages
         )
 

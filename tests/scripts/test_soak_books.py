@@ -104,6 +104,13 @@ def test_what_is_excused_by_what_was_done(kind: str, what: str, sent: float, not
     assert ledger.unexcused() == [] if excused else len(ledger.unexcused()) == 1
 
 
+@pytest.mark.parametrize(("behind", "excused"), [(0.0, False), (4.0, True)])
+def test_who_reads_slowly_notices_late(behind: float, excused: bool) -> None:
+    ledger = Ledger(outages=[Outage("frontend", "SIGKILL", 1, 10.0, 10.1, 11.0)])
+    ledger.incidents.append(Incident("lost", "", 9.0, 16.0, behind))
+    assert (ledger.unexcused() == []) == excused
+
+
 def test_growth_in_a_life_and_from_life_to_life_is_a_leak() -> None:
     flat = [Sample(at, "frontend", 1 + at // 4, 30.0, 50 << 20, 30 + at % 3) for at in range(12)]
     growing = [Sample(at, "tokenizer", 7, 30.0, (50 + 5 * at) << 20, 16) for at in range(12)]
