@@ -11,7 +11,6 @@ from typing import Any
 
 import jsonschema_rs
 import pytest
-from conftest import STRICT
 from live_client import Api
 
 from engine.bench.live_server import running_server
@@ -39,7 +38,9 @@ PAIR = r"""
 def compact(tiny_model: Path) -> Iterator[Api]:
     """The random model, without whitespace in JSON: it would never come to the end of that."""
     flags = ("--dtype", "float32", "--max-total-tokens", "40000", "--constrained-json-disable-any-whitespace")
-    with running_server(*flags, "--grammar-backend", "llguidance", model=tiny_model, env=STRICT) as server:
+    with running_server(
+        *flags, "--grammar-backend", "llguidance", model=tiny_model, env={"TOKENMILL_STRICT": "1"}
+    ) as server:
         yield Api(server.url)
 
 
