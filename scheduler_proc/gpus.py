@@ -56,7 +56,7 @@ def open_group(
     """
     from torch.distributed import FileStore, PrefixStore  # type: ignore[attr-defined]
 
-    from engine.parallel.distributed import open_distributed
+    from engine.parallel.distributed import NoCarrierError, open_distributed
 
     store: Any
     if path is not None:
@@ -66,5 +66,5 @@ def open_group(
         store = PrefixStore("group", hosts.store)
     try:
         return open_distributed(rank, size, store, carrier, patience)
-    except NotImplementedError as error:
+    except NoCarrierError as error:
         raise ConfigError(f"--tp-size is {size}, and --device cuda: {error}") from None

@@ -110,7 +110,7 @@ class _Tokens:
 
 
 def _never(text: bytes) -> list[int]:
-    raise NotImplementedError("nothing is forced, and so no text has to become tokens")
+    raise AssertionError("nothing is forced, and so no text has to become tokens")
 
 
 def open_engine(config: RunConfig) -> GrammarEngine:

@@ -72,10 +72,10 @@ class VocabularyGather:
         group = self.backend.group
         wholes = group.gather(own[torch.from_numpy(whole)].contiguous()) if len(whole) else []
         if wholes is not None and len(whole):
-            self._begin(count, own.device)
+            self._begin(count)
             self._put_whole(whole.tolist(), wholes)
         elif wholes is not None and group.rank == 0:
-            self._begin(count, own.device)
+            self._begin(count)
         if len(some):
             most = max(1, int(kept[some].max()))
             ids, values = largest(self.backend, own[torch.from_numpy(some)], min(most, self.part.size))
@@ -87,10 +87,10 @@ class VocabularyGather:
                 self._put_some(some.tolist(), torch.cat(all_ids, 1), torch.cat(all_values, 1))
         return self.rows[:count] if group.rank == 0 else own.new_empty((0, self.part.total))
 
-    def _begin(self, count: int, device: torch.device) -> None:
+    def _begin(self, count: int) -> None:
         """Minus infinity in `count` rows; only what the last step has touched need be written."""
         if len(self.rows) < count:
-            self.rows = torch.full((count, self.part.total), -torch.inf, device=device)
+            self.rows = torch.full((count, self.part.total), -torch.inf)
         else:
             for row, ids in self.touched.items():
                 self.rows[row, slice(None) if ids is None else ids] = -torch.inf
@@ -114,9 +114,8 @@ def largest(backend: Backend, logits: torch.Tensor, count: int) -> tuple[torch.T
     values [R, count]. A row with a NaN gives one."""
     if count == 1:
         best, peaks = backend.best(logits)
-        ids, values = (torch.from_numpy(one)[:, None].to(logits.device) for one in (best, peaks))
-        return ids, values
-    ids = torch.empty((len(logits), count), dtype=torch.int64, device=logits.device)
+        return torch.from_numpy(best)[:, None], torch.from_numpy(peaks)[:, None]
+    ids = torch.empty((len(logits), count), dtype=torch.int64)
     for row, found in zip(logits, ids, strict=True):
         if not (above := row.topk(count).values).isfinite().all():
             found.copy_(row.sort(descending=True, stable=True).indices[:count])

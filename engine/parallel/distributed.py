@@ -27,6 +27,10 @@ _DTYPES = (
 )  # fmt: skip
 
 
+class NoCarrierError(RuntimeError):
+    """torch was built without what is to carry the group."""
+
+
 @dataclass(frozen=True, eq=False)
 class DistributedGroup:
     """See `engine.parallel.group.DeviceGroup`. Results are on `device`, where what is said lies or is moved to.
@@ -112,7 +116,7 @@ def open_distributed(
 
     "nccl": on the process's current GPU. Several groups in one store need prefixes (torch.distributed.PrefixStore).
 
-    Raises ValueError for a rank or a number of ranks that cannot be, NotImplementedError where torch lacks the backend,
+    Raises ValueError for a rank or a number of ranks that cannot be, NoCarrierError where torch lacks the backend,
     and GroupLostError where not all come.
     """
     if not 0 <= rank < size:
@@ -124,7 +128,7 @@ def open_distributed(
     elif library.is_nccl_available():
         device, open_carrier = torch.device("cuda", torch.cuda.current_device()), _open_nccl
     else:
-        raise NotImplementedError("this build of torch has no NCCL")
+        raise NoCarrierError("this build of torch has no NCCL")
     try:
         carried = open_carrier(store, rank, size, wait)
     except RuntimeError as error:

@@ -98,9 +98,7 @@ def plan_attention(batch: RaggedBatch, *, causal: bool) -> AttentionPlan:
 
 def split_items(sequences: Integers, rows: Integers, lengths: Integers) -> tuple[Integers, Integers]:
     """The splits of some decodes as items, int32 [n, 3], and which of them is the first of each, int32 [d]."""
-    splits = -(-lengths // SPLIT)
-    items, firsts = _repeated(splits, sequences, rows)
-    return items, firsts
+    return _repeated(-(-lengths // SPLIT), sequences, rows)
 
 
 def tiles_of(plan: AttentionPlan, tokens_each: int) -> Work | None:
